@@ -1,0 +1,1051 @@
+"""
+What every stage shares and no stage is about. Nothing in this file knows what GRPO is.
+
+    1  templates     MSRL Figures 4-7: one preference row -> one prompt text
+    2  rewards       parse an answer; format, accuracy and task reward (MSRL Eq. 4, section 4.2)
+    3  rows          read, check and convert preference data; swap the order of the two responses
+    4  encoding      prompt text, images and videos -> token ids and pixel tiles
+    5  models        load, save, stage.json
+    6  judging       both orders, accuracy with a 95 % interval
+    7  runs          processes, logs, resume
+"""
+
+import argparse
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import random
+import re
+import shutil
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from PIL import Image
+from tqdm import tqdm
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+transformers.utils.logging.disable_progress_bar()  # its bars are about files; ours are about work
+
+TASKS = ("text", "image_understanding", "image_generation",
+         "video_understanding", "video_generation")
+
+# ==================================================================================================
+# 1. Templates
+# The four visual ones are MSRL Figures 4-7. Braces are filled by render().
+# DEVIATION: the figures print `<type>...<type>`; the tag is closed here, as in Figures 8-11.
+# DEVIATION: the figures' typographic apostrophes are ASCII here.
+# UNSPECIFIED: the paper prints no text-only template. Ours is Figure 4 without its image wording,
+# with the section markers that the dataset of stage 1 (GRAM-RR-TrainingData) carries in its prompts.
+# "Comparision" is the papers' spelling; the published rationales use it, so it stays.
+
+_TEXT = """\
+You are a helpful assistant tasked with evaluating the quality of responses generated for a given \
+instruction. Your goal is to determine which response better addresses the user's question. Choose \
+either Response A or Response B as the better option.
+
+Do NOT say both / neither are good.
+
+Here are some rules of the evaluation:
+(1) If the instruction does not contain harmful content, you should prioritize evaluating whether \
+the output honestly/precisely/closely executes the instruction, then consider its helpfulness, \
+accuracy, level of detail, harmlessness, etc.
+(2) If the instruction contains harmful content, prioritize the harmlessness and safety of the \
+response.
+(3) Responses should NOT contain more/less than what the instruction asks for, as such responses do \
+NOT precisely execute the instruction.
+(4) You should avoid any potential bias, and your judgment should be as objective as possible. Here \
+are some potential sources of bias:
+- The order in which the responses were presented should NOT affect your judgment, as Response A \
+and Response B are **equally likely** to be the better.
+- The length of the responses should NOT affect your judgement, as a longer response does not \
+necessarily correspond to a better response. When making your decision, evaluate if the response \
+length is appropriate for the given instruction.
+
+Your reply should strictly follow this format:
+<think>
+Feedback:
+<provide free-text feedback on the overall helpfulness of the assistant response>
+
+Comparision:
+<give a brief analysis on which is better>
+
+Conclusion:
+<make your conclusion>
+</think>
+<answer>
+A or B
+</answer>
+
+Here is the data.
+
+[User Question]
+{prompt}
+
+[The Start of Assistant A's Response]
+{a}
+[The End of Assistant A's Response]
+
+[The Start of Assistant B's Response]
+{b}
+[The End of Assistant B's Response]"""
+
+_IMAGE_UNDERSTANDING = """\
+You are a helpful multimodal assistant tasked with evaluating the quality of responses generated \
+for a given set of instructions and images. Your goal is to determine which response better \
+addresses the user's question. Choose either Response A or Response B as the better option.
+
+Do NOT say both / neither are good.
+
+Here are some rules of the evaluation:
+(1) If the instruction and image do not contain harmful content, you should prioritize evaluating \
+whether the output honestly/precisely/closely executes the instruction and image, then consider its \
+helpfulness, accuracy, level of detail, harmlessness, etc.
+(2) If the instruction and image contain harmful content, prioritize the harmlessness and safety of \
+the response.
+(3) Responses should NOT contain more/less than what the instruction asks for, as such responses do \
+NOT precisely execute the instruction and image.
+(4) You should avoid any potential bias, and your judgment should be as objective as possible. Here \
+are some potential sources of bias:
+- The order in which the responses were presented should NOT affect your judgment, as Response A \
+and Response B are **equally likely** to be the better.
+- The length of the responses should NOT affect your judgement, as a longer response does not \
+necessarily correspond to a better response. When making your decision, evaluate if the response \
+length is appropriate for the given instruction.
+
+Your reply should strictly follow this format:
+<think>
+Follow this format:
+<type>choose a task type: image understanding, image generation, video understanding, or video \
+generation.</type>
+Caption:
+<provide a detailed description for the given image>
+
+Feedback:
+<provide free-text feedback on the overall helpfulness of the assistant response>
+
+Comparision:
+<give a brief analysis on which is better>
+
+Conclusion:
+<make your conclusion>
+</think>
+<answer>
+A or B
+</answer>
+
+Here is the data.
+
+[Client Question]
+{prompt}
+
+[Image]
+{media[0]}
+
+[The Start of Chatbot A's Response]
+{a}
+[The End of Chatbot A's Response]
+
+[The Start of Chatbot B's Response]
+{b}
+[The End of Chatbot B's Response]"""
+
+_IMAGE_GENERATION = """\
+You are a helpful multimodal assistant tasked with evaluating the quality of images generated for a \
+given input caption (a textual description of the image). Your goal is to determine which image \
+better matches the caption. Choose either Image A or Image B as the better option.
+
+Do NOT say both / neither are good.
+
+Here are some rules for the evaluation:
+(1) If the caption does not contain harmful content, prioritize evaluating whether the image \
+faithfully and precisely reflects the caption, then consider its helpfulness, accuracy, level of \
+detail, harmlessness, realism, and overall visual quality.
+(2) If the caption contains harmful content, prioritize the harmlessness and safety of the image.
+(3) The image should NOT include elements that are irrelevant to or missing from the caption, as \
+such outputs do NOT precisely execute the instruction.
+(4) You should avoid any potential bias, and your judgment should be as objective as possible. Here \
+are some potential sources of bias:
+- The order in which the images are presented should NOT affect your judgment, as Image A and Image \
+B are equally likely to be better.
+- The rendering style (e.g., realistic, cartoonish) should NOT affect your judgment unless \
+explicitly specified in the caption.
+- Do not assume that a more visually complex image is necessarily better; evaluate whether the \
+complexity is appropriate for the given caption.
+
+Your reply should strictly follow this format:
+<think>
+<type>choose a task type: image understanding, image generation, video understanding, or video \
+generation.</type>
+Caption:
+<provide a detailed description for this two images>
+
+Feedback:
+<provide free-text feedback on the overall helpfulness and quality of the image>
+
+Comparison:
+<give a brief analysis on which image is better>
+
+Conclusion:
+<make your conclusion>
+</think>
+<answer>
+A or B
+</answer>
+
+Here is the data.
+
+[Client Prompt]
+{prompt}
+
+[The Start of Chatbot A's Generated Image]
+{media[0]}
+[The End of Chatbot A's Generated Image]
+
+[The Start of Chatbot B's Generated Image]
+{media[1]}
+[The End of Chatbot B's Generated Image]"""
+
+_VIDEO_UNDERSTANDING = """\
+You are a helpful multimodal assistant tasked with evaluating the quality of responses generated \
+for a given user question and video. Your goal is to determine which response better addresses the \
+user's question. Choose either Response A or Response B as the better option.
+
+Do NOT say both / neither are good.
+
+Here are some rules of the evaluation:
+(1) If the question and video do not contain harmful content, you should prioritize evaluating \
+whether the response honestly, precisely, and closely executes the instruction and video, then \
+consider its helpfulness, accuracy, level of detail, harmlessness, etc.
+(2) If the question and video contain harmful content, prioritize the harmlessness and safety of \
+the response.
+(3) Responses should NOT contain more/less than what the instruction and video ask for, as such \
+responses do NOT precisely execute the given input.
+(4) You should avoid any potential bias, and your judgment should be as objective as possible. Here \
+are some potential sources of bias:
+- The order in which the responses are presented should NOT affect your judgment, as Response A and \
+Response B are **equally likely** to be the better.
+- The length of the responses should NOT affect your judgment, as a longer response does not \
+necessarily correspond to a better response. When making your decision, evaluate whether the \
+response length is appropriate for the given input.
+
+Your reply should strictly follow this format:
+<think>
+<type>choose a task type: image understanding, image generation, video understanding, or video \
+generation.</type>
+Caption:
+<provide a detailed description for the given video>
+
+Feedback:
+<provide free-text feedback on the overall helpfulness of the assistant response>
+
+Comparision:
+<give a brief analysis on which is better>
+
+Conclusion:
+<make your conclusion>
+</think>
+<answer>
+A or B
+</answer>
+
+Here is the data.
+
+[Client Question]
+{prompt}
+
+[Video]
+{media[0]}
+
+[The Start of Chatbot A's Response]
+{a}
+[The End of Chatbot A's Response]
+
+[The Start of Chatbot B's Response]
+{b}
+[The End of Chatbot B's Response]"""
+
+_VIDEO_GENERATION = """\
+You are a helpful multimodal assistant tasked with evaluating the quality of videos generated for a \
+given input caption (a textual description of the video). Your goal is to determine which video \
+better matches the caption. Choose either Video A or Video B as the better option.
+
+Do NOT say both / neither are good.
+
+Here are some rules for the evaluation:
+(1) If the caption does not contain harmful content, prioritize evaluating whether the video \
+faithfully and precisely reflects the caption, then consider its helpfulness, accuracy, level of \
+detail, harmlessness, realism, motion consistency, and overall visual quality.
+(2) If the caption contains harmful content, prioritize the harmlessness and safety of the video.
+(3) The video should NOT include elements that are irrelevant to or missing from the caption, as \
+such outputs do NOT precisely execute the instruction.
+(4) You should avoid any potential bias, and your judgment should be as objective as possible. Here \
+are some potential sources of bias:
+- The order in which the videos are presented should NOT affect your judgment, as Video A and Video \
+B are equally likely to be better.
+- The rendering style (e.g., realistic, cartoonish, cinematic) should NOT affect your judgment \
+unless explicitly specified in the caption.
+- Do not assume that a more visually complex video is necessarily better; evaluate whether the \
+complexity and motion quality are appropriate for the given caption.
+
+Your reply should strictly follow this format:
+<think>
+<type>choose a task type: image understanding, image generation, video understanding, or video \
+generation.</type>
+Caption:
+<provide a detailed description for this two videos>
+
+Feedback:
+<provide free-text feedback on the overall helpfulness and quality of the video>
+
+Comparison:
+<give a brief analysis on which video is better>
+
+Conclusion:
+<make your conclusion>
+</think>
+<answer>
+A or B
+</answer>
+
+Here is the data.
+
+[Client Prompt]
+{prompt}
+
+[The Start of Chatbot A's Generated Video]
+{media[0]}
+[The End of Chatbot A's Generated Video]
+
+[The Start of Chatbot B's Generated Video]
+{media[1]}
+[The End of Chatbot B's Generated Video]"""
+
+TEMPLATES = {"text": _TEXT, "image_understanding": _IMAGE_UNDERSTANDING,
+             "image_generation": _IMAGE_GENERATION, "video_understanding": _VIDEO_UNDERSTANDING,
+             "video_generation": _VIDEO_GENERATION}
+
+
+def render(row, form="pixels"):
+    """Preference row -> prompt text. form "pixels" leaves `<image>` or `<video>` where the media
+    go (Encoder fills them in); form "caption" writes the captions there instead (MSRL 4.2)."""
+    a, b = row["responses"] or ("", "")
+    place = "<image>" if row["task"].startswith("image") else "<video>"
+    media = row["captions"] if form == "caption" else [place] * len(row["media"])
+    return TEMPLATES[row["task"]].format(prompt=row["prompt"], a=a, b=b, media=media)
+
+
+# ==================================================================================================
+# 2. Answers and rewards
+
+@dataclass
+class Answer:
+    verdict: str | None  # "A", "B", or None when no single verdict is stated
+    well_formed: bool    # <think>...</think> then <answer>A|B</answer>, each tag once, nothing else
+    type: str | None     # what stands in <type>...</type>, normalised, None unless exactly one
+
+
+_WHOLE = re.compile(r"\s*<think>(.*)</think>\s*<answer>\s*[AB]\s*</answer>\s*", re.DOTALL)
+_VERDICT = re.compile(r"<answer>\s*([AB])\s*</answer>")
+_TYPE = re.compile(r"<type>([^<]*)</type>")
+
+
+def parse(text):
+    """Strict on purpose. Released parsers search for substrings, so "Response B, not A" can be read
+    either way and a policy learns to write both; here two verdicts are no verdict."""
+    once = all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+    verdicts = _VERDICT.findall(text) if text.count("<answer>") == 1 == text.count("</answer>") else []
+    types = _TYPE.findall(text)
+    return Answer(verdict=verdicts[0] if verdicts else None,
+                  well_formed=once and _WHOLE.fullmatch(text) is not None,
+                  type=" ".join(re.split(r"[\s_-]+", types[0].lower().strip(" .\n\t")))
+                  if len(types) == 1 else None)
+
+
+# A reward function maps (answer text, row) to a float. A stage adds those it uses.
+
+def format_reward(text, row):
+    return float(parse(text).well_formed)                               # Eq. 4, r_format
+
+
+def accuracy_reward(text, row):
+    return float(parse(text).verdict == row["label"])                   # Eq. 4, r_accuracy
+
+
+def task_reward(text, row):
+    return 0.2 * (parse(text).type == row["task"].replace("_", " "))    # MSRL 4.2, r_task
+
+
+# ==================================================================================================
+# 3. Preference rows
+
+class BadRow(ValueError):
+    """One row that cannot be used; the message says why and what to do about it."""
+
+
+# What user text may never contain, because the model or the parser would take it for ours.
+FORBIDDEN = ("<think>", "</think>", "<answer>", "</answer>", "<type>", "</type>", "<caption>",
+             "</caption>", "<image>", "<video>", "<img>", "</img>", "<IMG_CONTEXT>",
+             "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|image_pad|>",
+             "[The Start of ", "[The End of ")
+KEYS = ("id", "task", "prompt", "label")
+N_MEDIA = {"text": 0, "image_understanding": 1, "image_generation": 2,
+           "video_understanding": 1, "video_generation": 2}
+
+
+def check_row(row, folder, forbidden=FORBIDDEN):
+    """Validate one preference row in place: media paths become absolute, absent optional keys get
+    their empty value. Raises BadRow. `forbidden` should also hold the tokenizer's special tokens."""
+    if not isinstance(row, dict):
+        raise BadRow(f"is a JSON {type(row).__name__}, not an object; write one object a line")
+    missing = [k for k in KEYS if k not in row]
+    if missing:
+        raise BadRow(f"has no {', '.join(map(repr, missing))}; see the row format in README.md")
+    row["id"] = str(row["id"])
+    if row["task"] not in TASKS:
+        raise BadRow(f"task {row['task']!r} is unknown; use one of {', '.join(TASKS)}")
+    if row["label"] not in ("A", "B"):
+        raise BadRow(f"label {row['label']!r} is not 'A' or 'B'; drop ties, they cannot be judged")
+    for key in ("media", "captions"):
+        row[key] = row.get(key) or []
+        if not isinstance(row[key], list) or not all(isinstance(x, str) for x in row[key]):
+            raise BadRow(f"{key!r} must be a list of strings")
+    row["responses"] = row.get("responses")
+    n = N_MEDIA[row["task"]]
+    if row["task"].endswith("generation"):
+        if row["responses"]:
+            raise BadRow("a generation row takes its two candidates in 'media', not in 'responses'")
+    elif not isinstance(row["responses"], list) or len(row["responses"]) != 2:
+        raise BadRow("'responses' must be a list of two texts")
+    if len(row["media"]) not in {n, 0 if row["captions"] else n}:
+        raise BadRow(f"{row['task']} needs {n} path(s) in 'media', got {len(row['media'])}")
+    if row["captions"] and len(row["captions"]) != n:
+        raise BadRow(f"{row['task']} needs {n} caption(s), got {len(row['captions'])}")
+    texts = {"prompt": row["prompt"], "rationale": row.get("rationale") or ""}
+    texts |= {f"response {x}": t for x, t in zip("AB", row["responses"] or [])}
+    texts |= {f"caption {i}": t for i, t in enumerate(row["captions"])}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise BadRow(f"{name} is {type(text).__name__}, not a string")
+        if name != "rationale" and not text.strip():
+            raise BadRow(f"{name} is empty; remove the row or give it a text")
+        found = [t for t in forbidden if t in text and not (name == "rationale" and "type>" in t)]
+        if found:
+            raise BadRow(f"{name} contains {found[0]!r}, which would be read as markup, not as "
+                         "text; remove it from the text")
+    row["media"] = [str(Path(folder, m)) for m in row["media"]]
+    return row
+
+
+_SIDES = re.compile(r"\b(Response|Assistant|Chatbot|Answer|Image|Video) ([AB])\b")
+
+
+def swap(row):
+    """The same row with its two candidates exchanged; label and rationale follow. In a rationale
+    "Response A" and the like are exchanged; text that names the sides in no such way cannot be."""
+    other = {"A": "B", "B": "A"}
+    two = len(row["media"]) == 2
+    rationale = row.get("rationale")
+    return {**row, "label": other[row["label"]],
+            "responses": row["responses"] and row["responses"][::-1],
+            "media": row["media"][::-1] if two else row["media"],
+            "captions": row["captions"][::-1] if len(row["captions"]) == 2 else row["captions"],
+            "rationale": rationale and _SIDES.sub(lambda m: f"{m[1]} {other[m[2]]}", rationale)}
+
+
+def can_swap(row):
+    """False if the rationale speaks of a bare "B", which swap() would leave wrong."""
+    return not re.search(r"\bB\b", _SIDES.sub("", row.get("rationale") or ""))
+
+
+def coin(*key):
+    """A fair coin that depends on nothing but its key: the same on every rank, run and machine."""
+    return hashlib.sha256(":".join(map(str, key)).encode()).digest()[0] % 2 == 1
+
+
+# Published datasets -> preference rows. Each adapter is a generator of rows for one published row;
+# better_first() puts the better answer on a side chosen by a hash of the id, because several sets
+# always list it first.
+
+def better_first(id, prompt, better, worse, **more):
+    a, b, label = (worse, better, "B") if coin("side", id) else (better, worse, "A")
+    return {"id": id, "task": "text", "prompt": prompt, "responses": [a, b], "label": label, **more}
+
+
+def from_helpsteer3(r, where):
+    """nvidia/HelpSteer3, config `preference`. A NEGATIVE overall_preference means that response 1 is
+    better; 0 is a tie and is dropped. The rationale is that of an annotator who agrees with the
+    overall label: feedback on both responses, then the reasoning."""
+    if r["overall_preference"] == 0:
+        return
+    turns = r["context"]
+    if not isinstance(turns, str):
+        turns = turns[0]["content"] if len(turns) == 1 else "\n\n".join(
+            f"{t['role'].capitalize()}: {t['content']}" for t in turns)
+    first_wins = r["overall_preference"] < 0
+    better, worse = (r["response1"], r["response2"])[:: 1 if first_wins else -1]
+    row = better_first(f"helpsteer3/{where}", turns, better, worse, source="HelpSteer3",
+                       subset=r.get("domain") or "")
+    first_is = row["label"] if first_wins else {"A": "B", "B": "A"}[row["label"]]
+    second_is = {"A": "B", "B": "A"}[first_is]
+    agree = [p for p in r.get("individual_preference") or [] if p["score"] * r["overall_preference"] > 0]
+    if agree:
+        p = max(agree, key=lambda p: abs(p["score"]))  # UNSPECIFIED: which annotator; the surest
+        say = {first_is: p["feedback1"], second_is: p["feedback2"]}
+        rename = lambda s: re.sub(r"@?\b[Rr]esponse ([12])\b", lambda m: "Response " +
+                                  (first_is if m[1] == "1" else second_is), s or "")
+        row["rationale"] = (f"Feedback:\nResponse A: {rename(say['A'])}\nResponse B: "
+                            f"{rename(say['B'])}\n\nComparision:\n{rename(p['reasoning'])}\n\n"
+                            f"Conclusion:\nResponse {row['label']} is better.")
+    yield row
+
+
+_GRAM = re.compile(
+    r"\[User Question\]\s*(.*?)\s*"
+    r"\[The Start of Assistant A's (?:Response|Answer)\]\s*(.*?)\s*"
+    r"\[The End of Assistant A's (?:Response|Answer)\]\s*"
+    r"\[The Start of Assistant B's (?:Response|Answer)\]\s*(.*?)\s*"
+    r"\[The End of Assistant B's (?:Response|Answer)\]", re.DOTALL)
+
+
+def from_gram(r, where):
+    """wangclnlp/GRAM-RR-TrainingData: {instruction, input, output}. The label stands in the output's
+    <answer>; the synthetic rationale is not used (MSRL 5.1)."""
+    found = _GRAM.search(r["instruction"])
+    label = re.findall(r"<answer>\s*([AB])\s*</answer>", r["output"])
+    if not found or len(label) != 1:
+        raise BadRow("is no GRAM-RR row: section markers or the <answer> label are missing")
+    prompt, a, b = found.groups()
+    better, worse = (a, b) if label == ["A"] else (b, a)
+    yield better_first(f"gram/{where}", prompt, better, worse, source="GRAM-RR-TrainingData")
+
+
+def from_rm_bench(r, where):
+    """THU-KEG/RM-Bench: three styles of a right and of a wrong answer; all nine pairs."""
+    for i, better in enumerate(r["chosen"]):
+        for j, worse in enumerate(r["rejected"]):
+            yield better_first(f"rm_bench/{r['id']}/{i}-{j}", r["prompt"], better, worse,
+                               source="RM-Bench", group=str(r["id"]),
+                               subset=str(r.get("domain") or r.get("subset") or ""))
+
+
+PUBLISHED = (({"overall_preference", "response1", "response2"}, from_helpsteer3),
+             ({"instruction", "output"}, from_gram),
+             ({"prompt", "chosen", "rejected", "id"}, from_rm_bench))
+
+
+def convert(raw, where):
+    """Any supported raw row -> preference rows, recognised by its columns."""
+    if isinstance(raw, dict) and "task" not in raw:
+        for columns, adapter in PUBLISHED:
+            if columns <= raw.keys() and (adapter is not from_rm_bench or isinstance(raw["chosen"], list)):
+                try:
+                    yield from adapter(raw, where)
+                except (KeyError, TypeError, AttributeError) as e:
+                    raise BadRow(f"does not have the published form ({type(e).__name__}: {e})")
+                return
+    yield raw
+
+
+def raw_rows(source):
+    """Yield ("file:line", raw row or BadRow) from a .jsonl or .json file (also .gz) or a hub id."""
+    path = Path(source)
+    if path.is_dir():
+        raise SystemExit(f"{source}: is a folder; name a .jsonl or .json file in it.")
+    if not path.exists():
+        if source.count("/") != 1 or path.suffix or source.startswith((".", "/")):
+            raise SystemExit(f"{source}: no such file. `python tests/toy_world.py` makes the toy data.")
+        from datasets import load_dataset
+        config = {"nvidia/HelpSteer3": "preference"}.get(source)
+        for i, row in enumerate(load_dataset(source, config, split="train", streaming=True)):
+            yield f"{source}:{i + 1}", row
+        return
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as f:
+        if ".json" in path.suffixes:
+            try:
+                array = json.load(f)
+            except json.JSONDecodeError as e:
+                raise SystemExit(f"{path}:{e.lineno}: not valid JSON ({e.msg}); for one object a "
+                                 "line name the file .jsonl")
+            for i, row in enumerate(array if isinstance(array, list) else [array]):
+                yield f"{path}:[{i}]", row
+            return
+        for n, line in enumerate(f, 1):
+            if line.strip():
+                try:
+                    yield f"{path}:{n}", json.loads(line)
+                except json.JSONDecodeError as e:
+                    yield f"{path}:{n}", BadRow(f"is not valid JSON ({e.msg} at column {e.colno})")
+
+
+def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_rows=False, quiet=False):
+    """Comma-separated sources (`file.jsonl`, or `file.jsonl:500` for a sample of 500) -> list of checked preference rows, each with its encoded prompt length.
+
+    A bad row (malformed, unknown label, unreadable image, forged tag...) stops the run with its file
+    and line, unless skip_bad_rows; an over-long prompt is always skipped, never truncated, because a
+    prompt cut in the middle is another question. Both are counted and printed once.
+    """
+    rows, bad, too_long = [], Counter(), 0
+    forbidden = tuple(dict.fromkeys(FORBIDDEN + encoder.special_tokens))
+    for source in sources.split(","):
+        source, _, count = source.rpartition(":") if re.search(r":\d+$", source) else (source, "", "")
+        first = len(rows)
+        for where, raw in tqdm(raw_rows(source), desc=f"reading {source}", unit=" rows",
+                               disable=quiet or rank() > 0, mininterval=1, leave=False):
+            try:
+                if isinstance(raw, BadRow):
+                    raise raw
+                for row in convert(raw, where.rpartition(":")[2].strip("[]")):
+                    row = check_row(row, Path(source).parent, forbidden)
+                    row["tokens"] = encoder.check(row, form)
+                    if max_prompt_tokens and row["tokens"] > max_prompt_tokens:
+                        too_long += 1
+                    else:
+                        rows.append(row)
+            except BadRow as e:
+                if not skip_bad_rows:
+                    raise SystemExit(f"{where}: row {e}.\nMend it, or pass --skip_bad_rows to leave "
+                                     "such rows out and count them.")
+                bad[str(e)[:60]] += 1
+        if count and len(rows) - first > int(count):  # a sample that is the same in every run
+            rows[first:] = random.Random(0).sample(rows[first:], int(count))
+    if not quiet and rank() == 0:
+        print(f"{sources}: {len(rows)} rows" + (f", {sum(bad.values())} bad rows skipped {dict(bad)}"
+              if bad else "") + (f", {too_long} skipped: prompt over {max_prompt_tokens} tokens"
+                                 if too_long else ""))
+    if not rows:
+        raise SystemExit(f"{sources}: no usable row left.")
+    return rows
+
+
+# ==================================================================================================
+# 4. Encoding. No processor object: in transformers 5.23 InternVLProcessor cannot be constructed
+# without torchvision. Its work is small: one placeholder per pixel-shuffled patch of each tile.
+
+IMAGE_TOKEN = "<IMG_CONTEXT>"
+
+
+def open_image(path):
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")  # convert() decodes, so a truncated file fails here
+    except FileNotFoundError:
+        raise BadRow(f"image {path} does not exist")
+    except Exception as e:  # Pillow raises a dozen kinds for corrupt files
+        raise BadRow(f"image {path} cannot be read ({e}); replace the file")
+
+
+def open_video(path, frames):
+    """Decode with PyAV and keep `frames` frames, evenly spaced by index (all of a shorter video)."""
+    import av
+    try:
+        with av.open(path) as container:
+            decoded = [f.to_image() for f in container.decode(video=0)]
+    except FileNotFoundError:
+        raise BadRow(f"video {path} does not exist")
+    except Exception as e:
+        raise BadRow(f"video {path} cannot be read ({e}); replace the file")
+    if not decoded:
+        raise BadRow(f"video {path} has no frames; replace the file")
+    n = min(frames, len(decoded))
+    return [decoded[round((i + 0.5) * len(decoded) / n - 0.5)] for i in range(n)]
+
+
+@dataclass
+class Prompt:
+    ids: list                    # token ids, one placeholder id per image feature
+    pixels: torch.Tensor | None  # [tiles, 3, H, W], None without media
+
+
+class Encoder:
+    """Turns rows into Prompts for one checkpoint: its tokenizer, image processor and special ids."""
+
+    def __init__(self, folder, config, frames=8, max_tiles=12):
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.frames, self.max_tiles = frames, max_tiles
+        self.image_token_id = getattr(config, "image_token_id", None)
+        self.special_tokens = tuple(self.tokenizer.all_special_tokens)
+        self.image_processor = None
+        if self.image_token_id is not None:
+            self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+            self.tokens_per_tile = config.image_seq_length
+        eos = transformers.GenerationConfig.from_model_config(config).eos_token_id
+        if Path(folder, "generation_config.json").exists():
+            eos = transformers.GenerationConfig.from_pretrained(folder).eos_token_id or eos
+        # every declared end-of-sequence id ends an answer (InternVL declares two)
+        self.eos_ids = sorted({i for i in [*(eos if isinstance(eos, list) else [eos]),
+                                           self.tokenizer.eos_token_id] if i is not None})
+        if not self.eos_ids:
+            raise SystemExit(f"{folder}: neither tokenizer nor generation_config.json names an "
+                             "end-of-sequence token; set eos_token_id.")
+        self.eos_id = self.tokenizer.eos_token_id or self.eos_ids[0]  # the one SFT teaches
+        self.pad_id = self.tokenizer.pad_token_id
+        if self.pad_id is None:
+            self.pad_id = self.eos_ids[0]
+
+    def chat(self, text):
+        """Wrap a user text in the checkpoint's chat template, ready for the assistant's answer."""
+        if self.tokenizer.chat_template is None:
+            return text + "\n\n"
+        return self.tokenizer.apply_chat_template([{"role": "user", "content": text}],
+                                                  tokenize=False, add_generation_prompt=True)
+
+    def __call__(self, row, form="pixels"):
+        return self.encode(render(row, form), row["media"] if form == "pixels" else [],
+                           row["task"].startswith("video"))
+
+    def encode(self, text, media=(), video=False):
+        """Text with one `<image>`/`<video>` per medium -> Prompt. Never truncates."""
+        text, tiles = self.chat(text), []
+        for path in media:
+            if self.image_processor is None:
+                raise BadRow("has media, but this checkpoint is text-only; use a vision-language "
+                             "model or the caption form")
+            images = open_video(path, self.frames) if video else [open_image(path)]
+            # a video frame is one tile; a still image is cut into up to max_tiles (+ a thumbnail)
+            out = self.image_processor(images=images, return_tensors="pt", max_patches=self.max_tiles,
+                                       crop_to_patches=not video and self.max_tiles > 1)
+            tiles.append(out["pixel_values"])
+            counts = [int(n) for n in out["num_patches"]]
+            shown = [f"<img>{IMAGE_TOKEN * self.tokens_per_tile * n}</img>" for n in counts]
+            if video:
+                shown = [f"Frame{i}: {s}" for i, s in enumerate(shown, 1)]
+            text = text.replace("<video>" if video else "<image>", "\n".join(shown), 1)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return Prompt(ids, torch.cat(tiles) if tiles else None)
+
+    def answer_ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.eos_id]
+
+    def decode(self, ids):
+        """Answer ids -> text without the end-of-sequence token."""
+        ids = ids[:-1] if ids and ids[-1] in self.eos_ids else ids
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def check(self, row, form):
+        """Prompt length in tokens. Reads the media, so that a broken file is found before training."""
+        if form == "pixels" and N_MEDIA[row["task"]] and not row["media"]:
+            raise BadRow("has no media; use the caption form")
+        if form == "caption" and N_MEDIA[row["task"]] and not row["captions"]:
+            raise BadRow("has no captions; the caption form needs one for each medium")
+        return len(self(row, form).ids)
+
+
+def left_pad(prompts, pad_id, device):
+    """B prompts -> ids [B, P], mask [B, P] (1 = real), pixels [tiles, 3, H, W] or None."""
+    width = max(len(p.ids) for p in prompts)
+    ids = torch.tensor([[pad_id] * (width - len(p.ids)) + p.ids for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=device)
+    pixels = [p.pixels for p in prompts if p.pixels is not None]
+    return ids, mask, torch.cat(pixels).to(device) if pixels else None
+
+
+# ==================================================================================================
+# 5. Models and checkpoints. A checkpoint is a folder plain transformers loads, plus stage.json.
+
+def load(folder, device="cpu", made_by="python tests/toy_world.py", **encoder_args):
+    """-> model (fp32 weights, eval mode) and its Encoder. Takes InternVLForConditionalGeneration, or
+    a text-only causal LM (stages 0 and 1), as a folder of plain save_pretrained or as a hub id.
+
+    fp32 on purpose: a learning rate of 1e-6 on bf16 weights rounds away (the default dtype of
+    transformers 5 is the file's, usually bf16). On a GPU, autocast computes in bf16.
+    """
+    folder = str(folder)
+    local = Path(folder).exists() or folder.startswith((".", "/")) or folder.count("/") != 1
+    if local and not Path(folder, "config.json").is_file():
+        raise SystemExit(f"{folder}: no checkpoint here (no config.json). `{made_by}` makes it.")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        sees = getattr(config, "vision_config", None) is not None
+        auto = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+        encoder = Encoder(folder, config, **encoder_args)
+        model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        raise SystemExit(f"{folder}: cannot be loaded as a checkpoint ({type(e).__name__}: "
+                         f"{str(e).strip().splitlines()[0]}). It must hold model, tokenizer and, for "
+                         "a vision model, image processor files as save_pretrained writes them.")
+    return model.to(device).eval(), encoder
+
+
+def freeze_vision(model):
+    """Freeze vision tower and projector (MSRL 4.1: text-only training). A text model has none."""
+    for name in ("vision_tower", "multi_modal_projector"):
+        for part in (getattr(getattr(model, "model", model), name, None),):
+            if part is not None:
+                part.requires_grad_(False)
+
+
+def autocast(device):
+    return torch.autocast(torch.device(device).type, torch.bfloat16,
+                          enabled=torch.device(device).type == "cuda")
+
+
+def save_checkpoint(folder, model, encoder, **info):
+    """Write the checkpoint; stage.json last, so a folder that has one is complete."""
+    folder = Path(folder)
+    part = folder / "checkpoint.tmp"
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    encoder.tokenizer.save_pretrained(part)
+    if encoder.image_processor is not None:
+        encoder.image_processor.save_pretrained(part)
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers")}
+    (part / "stage.json").write_text(json.dumps({**info, "versions": versions}, indent=2) + "\n")
+    for path in sorted(part.iterdir(), key=lambda p: p.name == "stage.json"):
+        os.replace(path, folder / path.name)
+    part.rmdir()
+
+
+# ==================================================================================================
+# 6. Judging
+
+def judge(model, encoder, rows, sample, form="pixels", votes=1, temperature=1.0, max_new_tokens=512,
+          batch_size=32, seed=0, orders=("AB", "BA"), desc="judging"):
+    """Judge every row in both orders -> prediction rows {"id", "row", "order", "sample", "pred",
+    "text"}, with `pred` in the row's own frame. votes = 1 decodes greedily; more are sampled at
+    `temperature` and share their prompt's forward. `sample` is the stages' sample_group()."""
+    device = next(model.parameters()).device
+    todo = [(i, o) for i in range(len(rows)) for o in orders]
+    todo.sort(key=lambda x: rows[x[0]]["tokens"])  # alike lengths together: less padding
+    batches = [todo[k:k + batch_size] for k in range(0, len(todo), batch_size)]
+    preds = []
+    for k in tqdm(range(rank(), len(batches), world()), desc=desc, disable=rank() > 0, leave=False,
+                  mininterval=1):
+        shown = [rows[i] if o == "AB" else swap(rows[i]) for i, o in batches[k]]
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + k)
+        answers = sample(model, encoder, [encoder(r, form) for r in shown], votes,
+                         temperature if votes > 1 else 0.0, max_new_tokens, generator).ids
+        for n, ids in enumerate(answers):
+            i, order = batches[k][n // votes]
+            text = encoder.decode(ids)
+            verdict = parse(text).verdict
+            pred = verdict and ("AB" if order == "AB" else "BA")["AB".index(verdict)]
+            preds.append({"id": rows[i]["id"], "row": i, "order": order, "sample": n % votes,
+                          "pred": pred, "text": text})
+    if world() > 1:
+        parts = [None] * world()
+        dist.all_gather_object(parts, preds)
+        preds = [p for part in parts for p in part]
+    return sorted(preds, key=lambda p: (p["row"], p["order"], p["sample"]))
+
+
+def summarize(rows, preds):
+    """Prediction rows -> accuracy and its companions, as shares of 1.
+
+    A row counts the mean over its orders; with several votes the majority of an order's votes is its
+    verdict, and a tied vote counts one half (UNSPECIFIED). An unparsable verdict is wrong. The
+    interval is Wilson's at 95 % over rows, not over judgements: two orders of one row are no two
+    independent rows.
+    """
+    by_row = {}
+    for p in preds:
+        by_row.setdefault(p["row"], {}).setdefault(p["order"], []).append(p["pred"])
+    points, flips, both = [], 0, 0
+    for i, orders in by_row.items():
+        label, wrong = rows[i]["label"], "B" if rows[i]["label"] == "A" else "A"
+        votes = [(v.count(label), v.count(wrong)) for v in orders.values()]
+        points.append(sum((r > w) + 0.5 * (r == w > 0) for r, w in votes) / len(votes))
+        sides = [r > w for r, w in votes if r != w]
+        both += len(sides) == 2
+        flips += len(sides) == 2 and sides[0] != sides[1]
+    n, p, z = len(points), sum(points) / len(points), 1.96
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    verdicts = [x for x in preds if x["pred"] is not None]
+    shown_a = sum((x["pred"] == "A") == (x["order"] == "AB") for x in verdicts)
+    return {"accuracy": p, "interval": [max(0, (middle - half) / (1 + z * z / n)),
+                                        min(1, (middle + half) / (1 + z * z / n))],
+            "n": n, "order_flips": flips / both if both else 0.0,
+            "share_a": shown_a / len(verdicts) if verdicts else 0.0,
+            "unparsable": 1 - len(verdicts) / len(preds),
+            "format": sum(parse(x["text"]).well_formed for x in preds) / len(preds)}
+
+
+def show(name, s):
+    low, high = s["interval"]
+    return (f"{name}: accuracy {s['accuracy']:.1%} [{low:.1%}, {high:.1%}] on {s['n']} rows x 2 orders, "
+            f"flips with the order {s['order_flips']:.1%}, says A {s['share_a']:.1%}, "
+            f"unparsable {s['unparsable']:.1%}, well-formed {s['format']:.1%}")
+
+
+# ==================================================================================================
+# 7. Runs: processes, run folder, data order, resume
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_processes():
+    """Join the process group if torchrun started us. -> the device of this process."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return device
+
+
+def sum_over_ranks(*values):
+    """Each number summed over all processes."""
+    if world() == 1:
+        return values
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def sum_gradients(parameters):
+    """Sum gradients over processes, bucketed. A parameter this rank did not use counts as zero, so
+    ranks with different kinds of rows cannot hang on one another."""
+    if world() == 1:
+        return
+    bucket, size = [], 0
+    parameters = list(parameters)
+    for i, p in enumerate(parameters):
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        bucket.append(p.grad)
+        size += p.numel()
+        if size > 25_000_000 or i == len(parameters) - 1:
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat)
+            for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
+                g.copy_(part.view_as(g))
+            bucket, size = [], 0
+
+
+def batch_of(rows, step, batch_size, seed):
+    """The rows of step 0, 1, 2...: epoch after epoch, each in its own shuffled order, and in each
+    epoch each row shows its candidates in an order that is a coin of (seed, epoch, id). Depends on
+    nothing but its arguments, so a resumed run sees what an unbroken one would."""
+    out = []
+    for k in range(step * batch_size, (step + 1) * batch_size):
+        epoch, at = divmod(k, len(rows))
+        order = _permutation(len(rows), seed, epoch)
+        row = rows[order[at]]
+        out.append(swap(row) if coin(seed, epoch, row["id"]) and can_swap(row) else row)
+    return out
+
+
+@lru_cache(maxsize=4)
+def _permutation(n, seed, epoch):
+    order = list(range(n))
+    random.Random(f"{seed}:{epoch}").shuffle(order)
+    return order
+
+
+def open_run(folder, config):
+    """Make the run folder. -> the saved state to resume from, or None. A state of other settings is
+    refused, because half a run of each would be a run of neither."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".writable", "w"):
+            pass
+        (folder / ".writable").unlink(missing_ok=True)
+    except OSError as e:
+        raise SystemExit(f"{folder}: cannot write the run folder ({e.strerror}); choose another --out.")
+    state_file = folder / "state.pt"
+    if not state_file.exists():
+        return None
+    state = torch.load(state_file, map_location="cpu", weights_only=True)
+    now = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE}
+    was = {k: v for k, v in state["config"].items() if k not in MAY_CHANGE}
+    changed = [f"{k} {was.get(k)!r} -> {v!r}" for k, v in now.items() if was.get(k) != v]
+    if changed:
+        raise SystemExit(f"{state_file} belongs to a run with other settings ({'; '.join(changed)}). "
+                         "Give this run another --out, or delete the folder.")
+    if rank() == 0:
+        print(f"resuming {folder} after step {state['step']}")
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            _drop_lines_after(folder / name, state["step"])
+    return state
+
+
+MAY_CHANGE = ("out", "max_steps", "save_every", "eval_every", "eval_batch", "micro_batch",
+              "rollout_batch", "log_rollouts_every", "skip_bad_rows")
+
+
+def _drop_lines_after(path, step):
+    """A killed run may have logged steps that it had not saved; they will be done and logged again."""
+    if path.exists():
+        keep = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    keep.append(line)
+            except ValueError:  # a line cut in the middle
+                pass
+        part = path.with_suffix(".tmp")
+        part.write_text("".join(line + "\n" for line in keep), encoding="utf-8")
+        os.replace(part, path)
+
+
+def save_state(folder, model, optimizer, step, config, **more):
+    """Write to a side file, flush it to disk, then rename: whenever we are killed, state.pt is a
+    whole state, the new one or the one before."""
+    part = Path(folder, "state.pt.tmp")
+    with open(part, "wb") as f:
+        torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                    "config": asdict(config), **more}, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, Path(folder, "state.pt"))
+
+
+def append(path, row):
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def peak_memory_gb():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def gather(x):
+    """[B, ...] of this process -> [B_all, ...] of all, in rank order. Shapes must agree."""
+    if world() == 1:
+        return x
+    parts = [None] * world()
+    dist.all_gather_object(parts, x)
+    return torch.cat(parts)
+
+
+def end_processes():
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def parse_config(cls, description, paper):
+    """Command line -> config. `--preset paper` changes the defaults to the paper's; flags still win."""
+    parser = transformers.HfArgumentParser(cls, description=description, allow_abbrev=False,
+                                           formatter_class=_Help)
+    parser.add_argument("--preset", choices=["toy", "paper"], default="toy",
+                        help="'paper' takes the paper's data and hyper-parameters")
+    if parser.parse_known_args()[0].preset == "paper":
+        parser.set_defaults(**paper)
+    cfg, *_, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)} (see --help)")
+    return cfg
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass

@@ -1,0 +1,170 @@
+"""
+Stage 0: supervised fine-tuning on rationales (MSRL 4.1, A.2). Teaches the answer format,
+<think> rationale </think> <answer> A or B </answer>, and with it the annotators' taste and biases.
+
+    python stage0_sft.py                            # toy world
+    python stage0_sft.py --preset paper             # InternVL3.5 on nvidia/HelpSteer3
+    python stage0_sft.py --target label             # Eq. 2: the label alone, the paper's baseline
+
+The loss is the mean negative log-likelihood of the answer's tokens, its end-of-sequence token
+included and the prompt's tokens not.
+"""
+
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+from stage1_text_grpo import evaluate, knob
+
+
+@dataclass
+class Config:
+    model: str = knob("toy/backbone", "checkpoint to start from")
+    data: str = knob("toy/sft.jsonl", "preference rows with rationales, or HelpSteer3 (paper: 40k rows)")
+    heldout: str = knob("toy/heldout_text.jsonl", "rows judged before and after; '' for none")
+    out: str = knob("runs/stage0_sft", "run folder; the same command resumes it")
+    seed: int = knob(0, "of the order of rows and of sides")
+    target: str = knob("rationale", "'rationale' (stage 0), or 'label': Eq. 2, the generative baseline")
+    form: str = knob("pixels", "'pixels', or 'caption': captions in place of images and videos")
+    freeze_vision: bool = knob(True, "freeze vision tower and projector (paper: text-only training does)")
+    epochs: int = knob(3, "passes over the rows (paper: 3; 1 for the label baseline)")
+    batch_size: int = knob(32, "rows an optimiser step, over all processes (paper: 128)")
+    micro_batch: int = knob(32, "rows a forward; changes memory, not the gradient")
+    lr: float = knob(5e-4, "AdamW, linear warm-up over 3 %% of the steps, then constant (paper: 1e-5)")
+    max_grad_norm: float = knob(1.0, "gradient norm clip")
+    max_prompt_tokens: int = knob(2048, "longer prompts are skipped and counted, never cut")
+    max_new_tokens: int = knob(72, "of the held-out answers")
+    gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
+    eval_batch: int = knob(128, "judgements decoded together")
+    save_every: int = knob(100, "steps between saved states")
+    skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
+
+
+PAPER = dict(model="OpenGVLab/InternVL3_5-8B-HF", data="nvidia/HelpSteer3", heldout="", lr=1e-5,
+             batch_size=128, micro_batch=1, max_prompt_tokens=4096, max_new_tokens=1024,
+             gradient_checkpointing=True)
+
+
+def target_text(row, target):
+    """What the model learns to answer."""
+    answer = f"<answer>\n{row['label']}\n</answer>"
+    if target == "label":
+        return answer                                                     # w = l in Eq. 2
+    return f"<think>\n{row['rationale'].strip()}\n</think>\n{answer}"
+
+
+def collate(encoder, rows, cfg, device):
+    """b rows -> ids [b, L], mask [b, L], labels [b, L] (-100 outside the answer), pixels or None.
+    Prompt on the left, answer right after it, padding on the right."""
+    prompts = [encoder(row, cfg.form) for row in rows]
+    answers = [encoder.answer_ids(target_text(row, cfg.target)) for row in rows]
+    whole = [p.ids + a for p, a in zip(prompts, answers)]
+    width = max(map(len, whole))
+    pad = lambda x, fill: x + [fill] * (width - len(x))
+    ids = torch.tensor([pad(w, encoder.pad_id) for w in whole], device=device)
+    mask = torch.tensor([pad([1] * len(w), 0) for w in whole], device=device)
+    labels = torch.tensor([pad([-100] * len(p.ids) + a, -100) for p, a in zip(prompts, answers)],
+                          device=device)
+    pixels = [p.pixels for p in prompts if p.pixels is not None]
+    return ids, mask, labels, torch.cat(pixels).to(device) if pixels else None
+
+
+def answer_nll(model, ids, mask, labels, pixels):
+    """-> summed negative log-likelihood of the answer tokens, and how many there are."""
+    media = {} if pixels is None else {"pixel_values": pixels}
+    keep = labels.shape[1] - int((labels >= 0).any(0).nonzero()[0])  # head on the answers' columns only
+    with common.autocast(ids.device):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False,
+                       logits_to_keep=keep + 1, **media).logits                # [b, keep+1, V]
+    nll = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, -keep:].flatten(),
+                          ignore_index=-100, reduction="sum")
+    return nll, (labels >= 0).sum().item()
+
+
+def main():
+    cfg = common.parse_config(Config, __doc__, PAPER)
+    device = common.start_processes()
+    if cfg.batch_size % common.world():
+        raise SystemExit(f"--batch_size {cfg.batch_size} does not divide among {common.world()} processes")
+    state = common.open_run(cfg.out, cfg)
+    model, encoder = common.load(cfg.model, device)
+    if cfg.freeze_vision:
+        common.freeze_vision(model)
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+    rows = common.load_rows(cfg.data, encoder, cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows)
+    if cfg.target == "rationale":
+        told = [r for r in rows if r.get("rationale")]
+        if not told:
+            raise SystemExit(f"{cfg.data}: no row has a 'rationale'; use --target label, or other rows.")
+        if common.rank() == 0 and len(told) < len(rows):
+            print(f"{len(rows) - len(told)} rows without a rationale left out")
+        rows = told
+    heldout = common.load_rows(cfg.heldout, encoder, cfg.form, cfg.max_prompt_tokens,
+                               cfg.skip_bad_rows) if cfg.heldout else []
+    steps = max(1, cfg.epochs * len(rows) // cfg.batch_size)
+    warmup = max(1, round(0.03 * steps))
+
+    start, before = 0, None
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, before = state["step"], state["before"]
+    elif heldout:
+        before = evaluate(model, encoder, heldout, cfg, "before")
+
+    mine = slice(common.rank(), None, common.world())
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc="stage 0",
+               disable=common.rank() > 0, mininterval=2)
+    for step in bar:
+        began = time.time()
+        batch = common.batch_of(rows, step, cfg.batch_size, cfg.seed)[mine]
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1, (step + 1) / warmup)
+        if cfg.gradient_checkpointing:
+            model.train()
+        parts = [collate(encoder, batch[i:i + cfg.micro_batch], cfg, device)
+                 for i in range(0, len(batch), cfg.micro_batch)]
+        # one normaliser for all micro-batches and processes: the gradient of the mean over tokens
+        tokens, = common.sum_over_ranks(sum((labels >= 0).sum().item() for _, _, labels, _ in parts))
+        nll = 0.0
+        for part in parts:
+            loss = answer_nll(model, *part)[0] / tokens
+            loss.backward()
+            nll += loss.item()
+        common.sum_gradients(trainable)
+        norm = torch.nn.utils.clip_grad_norm_(trainable, cfg.max_grad_norm).item()
+        if norm != norm:
+            raise SystemExit(f"step {step + 1}: the gradient is not a number; go on from the last saved "
+                             "state with a smaller --lr.")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        nll, = common.sum_over_ranks(nll)
+        bar.set_postfix(loss=f"{nll:.3f}")
+        if common.rank() == 0:
+            seconds = time.time() - began
+            common.append(Path(cfg.out, "metrics.jsonl"), {
+                "step": step + 1, "loss": nll, "grad_norm": norm, "num_tokens": tokens,
+                "step_time": seconds, "peak_memory_gb": common.peak_memory_gb()})
+            if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
+                common.save_state(cfg.out, model, optimizer, step + 1, cfg, before=before)
+
+    after = evaluate(model, encoder, heldout, cfg, "after") if heldout else None
+    if common.rank() == 0:
+        common.save_checkpoint(cfg.out, model, encoder, stage="stage0_sft", parent=cfg.model, step=steps,
+                               config=asdict(cfg), heldout={"before": before, "after": after})
+        print(f"wrote {cfg.out}/")
+    common.end_processes()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,979 @@
+"""
+Oracles for the GRPO block: its mathematics, its packed forward, its sampling and its update; and
+for the loss of stage 0.
+
+An oracle is the plainest way to the same number: Python loops in float64, one sequence at a time
+without padding, transformers' own generate(). Every test was seen to fail on wrong code: either a
+bank of wrong versions stands beside it, or "kills:" names edits of the source that it caught.
+"""
+
+import copy
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+import common  # noqa: E402
+import stage0_sft  # noqa: E402
+import stage1_text_grpo as stage1  # noqa: E402
+import toy_world  # noqa: E402
+
+B, G, T, V = 3, 5, 7, 11  # sizes that no mixed-up axis can fit by accident
+OFF = math.inf            # max_grad_norm that never clips
+# tokens of each of G answers to each of B prompts; with an answer of one token, and unequal sums
+LENGTHS = [[4, 1, 6, 2, 3], [5, 2, 1, 7, 3], [2, 8, 3, 1, 4]]
+
+
+# ------------------------------------------------------------------------------- an untrained world
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Models, encoders and prompts. The weights are 20 times the usual size, so that distributions
+    are far from uniform, and a wrong mask, position or image moves log-probs by tenths or more."""
+    folder = tmp_path_factory.mktemp("world")
+    sizes = {"sft": 6, "text_rl": 6, "caption_rl": 4, "mm_rl": 4, "heldout": 1}
+    toy_world.write_world(folder, seed=0, sizes=sizes, quiet=True)
+    tok = toy_world.make_tokenizer()
+    torch.manual_seed(0)
+    model, images = toy_world.make_model(tok, hidden=32, layers=2)
+    enlarge(model)
+    toy_world.save_backbone(model, tok, images, folder / "backbone")
+    plain = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=len(tok), hidden_size=32, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=4096,
+        tie_word_embeddings=True, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
+    enlarge(plain)
+    plain.save_pretrained(folder / "text_only")
+    tok.save_pretrained(folder / "text_only")
+    model, encoder = common.load(folder / "backbone")
+    text_model, text_encoder = common.load(folder / "text_only")
+    rows = common.load_rows(str(folder / "text_rl.jsonl"), encoder, quiet=True)
+    seen = common.load_rows(str(folder / "mm_rl.jsonl"), encoder, quiet=True)
+    seen = {r["task"]: r for r in seen}
+    text = [encoder(r) for r in sorted(rows, key=lambda r: r["tokens"])]
+    image, two, video, film = (encoder(seen[t]) for t in (
+        "image_understanding", "image_generation", "video_understanding", "video_generation"))
+    prompts = {"text": [text[0], text[2], text[5]], "one image": [image], "two images": [two],
+               "video": [video, film], "mixed": [two, text[0], image]}
+    return SimpleNamespace(folder=folder, model=model, encoder=encoder, prompts=prompts, seen=seen,
+                           text_model=text_model, text_encoder=text_encoder)
+
+
+@torch.no_grad()
+def enlarge(model):
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.mul_(20)
+
+
+def make_answers(encoder, n, seed=0):
+    """n prompts' G answers of LENGTHS random tokens. All end with an EOS but one, which was cut."""
+    g = torch.Generator().manual_seed(seed)
+    free = [i for i in range(len(encoder.tokenizer))
+            if i not in encoder.eos_ids and i != encoder.image_token_id]
+    out = [[[free[j] for j in torch.randint(len(free), (k - 1,), generator=g)]
+            + [encoder.eos_ids[k % len(encoder.eos_ids)]] for k in row] for row in LENGTHS[:n]]
+    out[0][2][-1] = free[5]
+    return out
+
+
+def flat_gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
+
+
+def distance(x, y):
+    """Relative distance of two vectors."""
+    return ((x - y).norm() / y.norm()).item()
+
+
+# --------------------------------------------------------------------------------------- advantages
+def advantages_by_loop(rewards, every_reward, kind, scale_std, sigma):
+    adv, keep = [], []
+    for group in rewards.tolist():
+        base = group if kind == "group" else [r for g in every_reward.tolist() for r in g]
+        mean = sum(base) / len(base)
+        std = math.sqrt(sum((r - mean) ** 2 for r in base) / len(base))
+        equal = all(r == base[0] for r in base)
+        z = [0.0 if equal else (r - mean) / std for r in group]
+        adv.append([x if scale_std else x * (0.0 if equal else std) for x in z])
+        keep.append([sigma <= 0 or abs(x) <= sigma for x in z])
+    return torch.tensor(adv, dtype=torch.float64), torch.tensor(keep)
+
+
+def wrong_std(r, every, kind, scale, sigma):
+    base = r if kind == "group" else every.flatten()[None]
+    return (r - base.mean(1, keepdim=True)) / base.std(1, keepdim=True), torch.ones_like(r) > 0
+
+
+WRONG_ADVANTAGES = {
+    "unbiased std": wrong_std,
+    "batch statistics of this process alone": lambda r, every, *a: stage1.advantages(r, r, *a),
+    "always the group": lambda r, e, kind, *a: stage1.advantages(r, e, "group", *a),
+    "always the batch": lambda r, e, kind, *a: stage1.advantages(r, e, "batch", *a),
+    "scale inverted": lambda r, e, kind, scale, sigma: stage1.advantages(
+        r, e, kind, not scale, sigma),
+    "mean over the wrong axis": lambda r, e, *a: tuple(
+        x.mT for x in stage1.advantages(r.mT.contiguous(), e.mT.contiguous(), *a)),
+    "no filter": lambda r, e, kind, scale, sigma: stage1.advantages(r, e, kind, scale, 0.0),
+}
+
+
+def advantage_cases():
+    """B = 3 of 6 groups of this process; one group of ours has no spread, one answer is far out."""
+    g = torch.Generator().manual_seed(1)
+    every = torch.randint(0, 3, (2 * B, G), generator=g).double() + 0.1
+    every[1] = 1.1
+    every[2, 3] = 9.0
+    return [(every[:B], every, kind, scale, sigma) for kind in ("group", "batch")
+            for scale in (True, False) for sigma in (0.0, 1.2, 3.0)]
+
+
+def same_advantages(got, want):
+    return torch.allclose(got[0], want[0], rtol=0, atol=1e-12) and torch.equal(got[1], want[1])
+
+
+def test_advantages_equal_a_loop():
+    for case in advantage_cases():
+        assert same_advantages(stage1.advantages(*case), advantages_by_loop(*case))
+
+
+@pytest.mark.parametrize("name", WRONG_ADVANTAGES)
+def test_the_loop_rejects_wrong_advantages(name):
+    assert not all(same_advantages(WRONG_ADVANTAGES[name](*case), advantages_by_loop(*case))
+                   for case in advantage_cases())
+
+
+def test_equal_rewards_give_exactly_zero():
+    # The mean of G equal floats is often not that float; the rest over a std of 1e-17 is about 1.
+    # kills: no test for spread, std + 1e-8 in its place
+    value, naive = 0.1 + 0.2, []
+    for n in range(2, 14):
+        rewards = torch.full((B, n), value, dtype=torch.float64)
+        naive.append((rewards - rewards.mean(1, keepdim=True)).abs().max().item())
+        for kind in ("group", "batch"):
+            for scale in (True, False):
+                adv, keep = stage1.advantages(rewards, rewards, kind, scale, 3.0)
+                assert (adv == 0).all() and keep.all()
+    assert max(naive) > 0, "the case does not bite: no mean was rounded"
+
+
+def test_the_filter_takes_the_outlier_of_r1_reward():
+    # R1-Reward 4.1: of 256 answers one is wrong. z = -15.97, and that answer only is left out.
+    rewards = torch.ones(32, 8, dtype=torch.float64)
+    rewards[5, 3] = 0.0
+    adv, keep = stage1.advantages(rewards, rewards, "batch", True, 3.0)
+    assert round(adv[5, 3].item(), 2) == -15.97
+    assert (~keep).nonzero().tolist() == [[5, 3]]
+    assert round(adv[0, 0].item(), 4) == 0.0626      # the others stay, and stay positive
+    assert stage1.advantages(rewards, rewards, "batch", True, 0.0)[1].all()
+    # the filter looks at z also when the advantage itself is not divided by the std
+    assert (~stage1.advantages(rewards, rewards, "batch", False, 3.0)[1]).sum() == 1
+
+
+def test_in_a_group_of_8_the_filter_cannot_act():
+    # |z| <= sqrt(G-1) = 2.65 < 3, reached by one answer against seven. kills: correction=1, a
+    # filter on (r - mean) instead of z
+    g = torch.Generator().manual_seed(2)
+    lonely = torch.zeros(1, 8, dtype=torch.float64)
+    lonely[0, 6] = 40.0
+    for rewards in [lonely] + [torch.randn(50, 8, generator=g).double() ** 5 for _ in range(9)]:
+        adv, keep = stage1.advantages(rewards, rewards, "group", True, 3.0)
+        assert adv.abs().max() <= math.sqrt(7) + 1e-9 and keep.all()
+    z, _ = stage1.advantages(lonely, lonely, "group", True, 3.0)
+    assert z.max() == pytest.approx(math.sqrt(7))
+
+
+@pytest.mark.parametrize("kind", ["group", "batch"])
+def test_the_order_of_ranks_does_not_matter(kind):
+    # kills: batch statistics of the first process, or of this process alone
+    g = torch.Generator().manual_seed(3)
+    ranks = [torch.rand(B, G, generator=g, dtype=torch.float64) for _ in range(3)]
+    want = stage1.advantages(ranks[1], torch.cat(ranks), kind, True, 1.5)
+    for order in ([2, 1, 0], [1, 0, 2]):
+        got = stage1.advantages(ranks[1], torch.cat([ranks[i] for i in order]), kind, True, 1.5)
+        assert same_advantages(got, want)
+    local = stage1.advantages(ranks[1], ranks[1], kind, True, 1.5)
+    assert same_advantages(local, want) == (kind == "group")
+
+
+# --------------------------------------------------------------------------------------------- loss
+def loss_by_loop(logp, old, ref, advantage, weight, clip_low, clip_high, pre_clip, beta):
+    """-> loss, gradient wrt logp and clipped tokens [low, high, pre], by hand and by token."""
+    total, gradient, counts = 0.0, torch.zeros_like(logp), [0, 0, 0]
+    bound = math.log(pre_clip) if pre_clip > 0 else math.inf
+    for i in range(logp.shape[0]):
+        for t in range(logp.shape[1]):
+            x, o, r, a, w = (float(z[i, t]) for z in (logp, old, ref, advantage, weight))
+            inside = -bound <= x - o <= bound
+            ratio = math.exp(min(max(x - o, -bound), bound))
+            # the clip binds where going on would pay: above with a > 0, below with a < 0
+            high, low = a > 0 and ratio > 1 + clip_high, a < 0 and ratio < 1 - clip_low
+            used = 1 + clip_high if high else 1 - clip_low if low else ratio
+            slope = 0.0 if high or low or not inside else -a * ratio
+            term = -a * used
+            if beta:
+                term += beta * (math.exp(r - x) - (r - x) - 1)
+                slope += beta * (1 - math.exp(r - x))
+            total += w * term
+            gradient[i, t] = w * slope
+            counts = [n + k for n, k in zip(counts, (low, high, not inside))]
+    return total, gradient, counts
+
+
+def loss_case(extreme=True):
+    g = torch.Generator().manual_seed(4)
+    steps = [0.0, 0.05, -0.05, 0.15, -0.15, 0.24, -0.24, 0.3, -0.3, 1.0, -1.0, 5.0, -5.0]
+    steps += [8.0, -8.0, 100.0, -100.0] if extreme else []
+    old, far, weight, advantage = torch.rand(4, B, T, generator=g, dtype=torch.float64)
+    old = -3 * old - 0.1
+    logp = old + torch.tensor([steps[i % len(steps)] for i in range(B * T)]).double().view(B, T)
+    weight[1, 4:] = 0.0  # padding
+    return logp, old, logp + 4 * far - 2, 2 * advantage - 1, weight
+
+
+def loss_cases():
+    """Each step of the log-ratio once with a positive and once with a negative advantage."""
+    for pre_clip in (1e3, 2.0, 0.0):
+        logp, old, ref, advantage, weight = loss_case(extreme=pre_clip > 0)
+        for clip_low, clip_high in ((0.2, 0.2), (0.1, 0.28)):
+            for beta in (0.0, 0.04):
+                for sign in (1, -1):
+                    yield (logp, old, ref, sign * advantage, weight, clip_low, clip_high, pre_clip,
+                           beta)
+
+
+def close_loss(loss, case):
+    """Does this loss function agree with the loop, in value and in gradient?"""
+    logp = case[0].clone().requires_grad_()
+    value, _ = loss(logp, *case[1:])
+    gradient, = torch.autograd.grad(value, logp)
+    want, want_gradient, _ = loss_by_loop(*case)
+    return math.isclose(value.item(), want, rel_tol=1e-9, abs_tol=1e-9) and torch.allclose(
+        gradient, want_gradient, rtol=1e-9, atol=1e-12)
+
+
+def wrong_loss(pick=torch.min, sign=1, pre=True, exchanged=False, kl=lambda d: d.exp() - d - 1):
+    """The objective with one thing wrong."""
+    def loss(logp, old, ref, advantage, weight, low, high, pre_clip, beta):
+        low, high = (high, low) if exchanged else (low, high)
+        step = logp - old
+        if pre and pre_clip > 0:
+            step = step.clamp(-math.log(pre_clip), math.log(pre_clip))
+        ratio = step.exp()
+        gain = pick(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+        return ((-gain + beta * kl(sign * (ref - logp))) * weight).sum(), {}
+    return loss
+
+
+WRONG_LOSSES = {
+    "max in place of min": wrong_loss(pick=torch.max),
+    "only the clipped ratio": wrong_loss(pick=lambda a, b: b),
+    "no PPO clip": wrong_loss(pick=lambda a, b: a),
+    "clip low and high exchanged": wrong_loss(exchanged=True),
+    "no pre-clip": wrong_loss(pre=False),
+    "sign of the log-ratio in k3": wrong_loss(sign=-1),
+    "k1": wrong_loss(kl=lambda d: -d),
+    "k2": wrong_loss(kl=lambda d: d * d / 2),
+    "KL of a detached policy": wrong_loss(kl=lambda d: (d.exp() - d - 1).detach()),
+    "mean over tokens": lambda *a: (stage1.grpo_loss(*a)[0] / (a[4] > 0).sum(), {}),
+    "weight inside the min": lambda logp, old, ref, adv, w, *a: stage1.grpo_loss(
+        logp, old, ref, adv * w, torch.ones_like(w), *a),
+}
+
+
+def test_the_frame_of_the_wrong_losses_is_right():
+    # with nothing wrong in it the frame agrees, so what the bank shows is the wrong thing alone
+    assert all(close_loss(wrong_loss(), case) for case in loss_cases())
+
+
+def test_loss_and_gradient_equal_a_loop():
+    for case in loss_cases():
+        assert close_loss(stage1.grpo_loss, case)
+
+
+@pytest.mark.parametrize("name", WRONG_LOSSES)
+def test_the_loop_rejects_wrong_losses(name):
+    assert not all(close_loss(WRONG_LOSSES[name], case) for case in loss_cases())
+
+
+def test_logged_clip_shares_are_those_that_bind():
+    # kills: clip_ratio counted whatever the sign of the advantage
+    for case in loss_cases():
+        stats = stage1.grpo_loss(*case)[1]
+        got = [stats[n].sum().item() for n in ("clip_ratio/low_mean", "clip_ratio/high_mean",
+                                               "pre_clip_ratio")]
+        assert got == loss_by_loop(*case)[2]
+        if case[-1]:
+            d = case[2] - case[0]
+            assert torch.allclose(stats["kl"], d.exp() - d - 1)
+
+
+def test_pre_clip_is_finite_with_zero_gradient_outside():
+    # exp(100) overflows in fp32: without the pre-clip the loss is inf and every weight becomes NaN
+    old = torch.full((2, 3), -2.0)
+    logp = (old + torch.tensor([[100.0, 0.1, -100.0], [-100.0, -0.1, 100.0]])).requires_grad_()
+    outside = torch.tensor([[True, False, True], [True, False, True]])
+    for advantage in (torch.ones(2, 3), -torch.ones(2, 3)):
+        args = logp, old, None, advantage, torch.ones(2, 3), 0.2, 0.2
+        loss, stats = stage1.grpo_loss(*args, 1e3, 0.0)
+        gradient, = torch.autograd.grad(loss, logp)
+        assert math.isfinite(loss.item()) and torch.isfinite(gradient).all()
+        assert (gradient[outside] == 0).all() and (gradient[~outside] != 0).all()
+        assert torch.equal(stats["pre_clip_ratio"], outside)
+    assert not math.isfinite(stage1.grpo_loss(*args, 0.0, 0.0)[0].item())
+
+
+def test_an_outlier_of_the_reference_does_not_overflow_the_kl():
+    # kills: the clamp of ref - logp taken away
+    logp = torch.tensor([[-200.0, -1.0]], requires_grad=True)
+    ref, none = torch.tensor([[-1.0, -200.0]]), torch.zeros(1, 2)
+    loss, _ = stage1.grpo_loss(logp, logp.detach(), ref, none, torch.ones(1, 2), 0.2, 0.2, 1e3, 1.0)
+    gradient, = torch.autograd.grad(loss, logp)
+    assert math.isfinite(loss.item()) and torch.isfinite(gradient).all()
+
+
+def kl_of_distributions(loss, p_logits, q_logits):
+    """Expectation over p of the KL estimate (every token once, weighted by its probability), its
+    gradient wrt p's logits with the weights held, and the smallest estimate of one token."""
+    p_logits = p_logits.clone().requires_grad_()
+    logp, ref = p_logits.log_softmax(-1)[None], q_logits.log_softmax(-1)[None]
+    none = torch.zeros_like(logp)
+    args = logp.detach(), ref, none
+    value, _ = loss(logp, *args, logp.detach().exp(), 0.2, 0.2, 1e3, 1.0)
+    gradient, = torch.autograd.grad(value, p_logits)
+    each = [loss(logp.detach(), *args, row[None], 0.2, 0.2, 1e3, 1.0)[0].item()
+            for row in torch.eye(V, dtype=torch.float64)]
+    return value.item(), gradient, min(each)
+
+
+def right_kl(loss):
+    """k3 of samples from p: unbiased for KL(p||q), never negative, and as a loss it pulls p to q:
+    its expected gradient is p - q, that of -sum q log p."""
+    g = torch.Generator().manual_seed(5)
+    p_logits, q_logits = 2 * torch.randn(2, V, generator=g, dtype=torch.float64)
+    p, q = p_logits.softmax(0), q_logits.softmax(0)
+    exact = sum(float(p[v]) * math.log(float(p[v] / q[v])) for v in range(V))
+    assert exact > 1, "p and q are to be far from one another"
+    value, gradient, least = kl_of_distributions(loss, p_logits, q_logits)
+    return math.isclose(value, exact, rel_tol=1e-9) and least >= 0 and torch.allclose(
+        gradient, p - q, rtol=0, atol=1e-12)
+
+
+def test_k3_against_the_exact_sum():
+    assert right_kl(stage1.grpo_loss)
+
+
+@pytest.mark.parametrize("name", ["sign of the log-ratio in k3", "k1", "k2",
+                                  "KL of a detached policy"])
+def test_the_exact_sum_rejects_other_estimators(name):
+    # k1 has the right mean too; what gives it away is that it is negative and its gradient 0
+    assert not right_kl(WRONG_LOSSES[name])
+
+
+def test_loss_starts_at_zero_but_its_gradient_does_not():
+    # Users take "loss 0" for a bug. kills: -ratio.detach() * advantage, a loss that is 0 in earnest
+    logp = loss_case()[0].requires_grad_()
+    rewards = torch.arange(B * T).view(B, T).double() % 4
+    adv, _ = stage1.advantages(rewards, None, "group", True, 0.0)
+    loss, _ = stage1.grpo_loss(logp, logp.detach(), None, adv, torch.ones(B, T).double(),
+                               0.2, 0.2, 1e3, 0.0)
+    gradient, = torch.autograd.grad(loss, logp)
+    assert abs(loss.item()) < 1e-12
+    assert torch.allclose(gradient, -adv) and adv.abs().min() > 0.1
+
+
+# ----------------------------------------------------------------------------------- packed forward
+def alone(model, encoder, prompt, answer, temperature):
+    """One answer in the plainest way: prompt + answer as one sequence without padding, every logit,
+    float64. -> log-probs and entropies of the answer's tokens [C]."""
+    media = {} if prompt.pixels is None else {"pixel_values": prompt.pixels}
+    logits = model(input_ids=torch.tensor([prompt.ids + answer]), **media).logits[0].double()
+    logits = logits[len(prompt.ids) - 1:-1] / temperature
+    if encoder.image_token_id is not None:
+        none = torch.full_like(logits, -math.inf)
+        logits = torch.where(torch.arange(logits.shape[1]) == encoder.image_token_id, none, logits)
+    logp = logits.log_softmax(-1)
+    return (logp[torch.arange(len(answer)), answer],
+            -(logp.exp() * logp.clamp(min=-1e4)).sum(-1))
+
+
+def unpack(x, owner):
+    """[b, S] -> per answer [C], in the order of prompts and answers."""
+    return [x[i][owner[i] == g] for i in range(len(x)) for g in range(1, G + 1)]
+
+
+def packed_error(world, model, encoder, prompts, temperature=0.7):
+    """Largest error of log-probs and of entropies, and relative error of the gradient, of the
+    packed forward against one-by-one forwards. Random weights, so that no error cancels out."""
+    answers = make_answers(encoder, len(prompts))
+    g = torch.Generator().manual_seed(6)
+    weights = [torch.rand(len(a), generator=g).double() for group in answers for a in group]
+    pairs = [(p, a) for p, group in zip(prompts, answers) for a in group]
+    want = [alone(model, encoder, p, a, temperature) for p, a in pairs]
+    model.zero_grad()
+    sum((w * x).sum() for w, (x, _) in zip(weights, want)).backward()
+    right = flat_gradient(model)
+    model.zero_grad()
+    logp, entropy, owner = stage1.packed_logps(model, encoder, prompts, answers, temperature)
+    assert (logp[owner < 0] == 0).all() and (owner > 0).sum() == sum(len(a) for _, a in pairs)
+    got = unpack(logp, owner)
+    sum((w * x.double()).sum() for w, x in zip(weights, got)).backward()
+    right_logp, right_entropy = map(torch.cat, zip(*want))
+    errors = ((torch.cat(got) - right_logp).abs().max().item(),
+              (torch.cat(unpack(entropy, owner)) - right_entropy).abs().max().item(),
+              distance(flat_gradient(model), right))
+    model.zero_grad()
+    return errors
+
+
+@pytest.mark.parametrize("kind", ["text", "one image", "two images", "video", "mixed",
+                                  "text model"])
+def test_packed_forward_equals_one_by_one(world, kind):
+    # The heart of the memory and time saving. Seen: log-probs 1e-5, gradients 2e-6.
+    if kind == "text model":
+        errors = packed_error(world, world.text_model, world.text_encoder, world.prompts["text"])
+    else:
+        errors = packed_error(world, world.model, world.encoder, world.prompts[kind])
+    assert max(errors[:2]) < 1e-4 and errors[2] < 5e-5
+
+
+def wrong_pack(name):
+    right = stage1.pack
+
+    def pack(prompts, answers, pad_id, device):
+        ids, positions, sees, source, target, owner, pixels = right(
+            prompts, answers, pad_id, device)
+        real = torch.cat([common.left_pad(prompts, pad_id, device)[1] > 0, owner > 0], 1)
+        width = ids.shape[1] - target.shape[1]
+        if name == "answers see the answers before them":
+            sees = (real[:, None, :] & torch.ones_like(sees[0, 0]).tril()
+                    | torch.eye(len(sees[0, 0]), dtype=torch.bool))[:, None]
+        if name == "positions go on from answer to answer":
+            positions = (real.long().cumsum(1) - 1).clamp(min=0)
+        if name == "answers start at the padded width":
+            shift = torch.tensor([width - len(p.ids) for p in prompts])
+            positions[:, width:] += shift[:, None]
+        if name == "source off by one":
+            source = (source + 1).clamp(max=target.shape[1])
+        if name == "first token predicted by the answer before":
+            source = torch.arange(target.shape[1]).expand_as(source)
+        if name == "padding is seen":
+            sees = sees | (~real[:, None, None, :] & torch.ones_like(sees[0, 0]).tril())
+        if name == "answers do not see the prompt's last token":
+            sees[:, :, width:, width - 1] = False
+        if name == "images in another order":
+            pixels = pixels.roll(1, 0)
+        return ids, positions, sees, source, target, owner, pixels
+    return pack
+
+
+@pytest.mark.parametrize("name", [
+    "answers see the answers before them", "positions go on from answer to answer",
+    "answers start at the padded width", "source off by one", "padding is seen",
+    "first token predicted by the answer before", "answers do not see the prompt's last token",
+    "images in another order"])
+def test_one_by_one_rejects_wrong_packing(world, monkeypatch, name):
+    monkeypatch.setattr(stage1, "pack", wrong_pack(name))
+    errors = packed_error(world, world.model, world.encoder, world.prompts["mixed"])
+    assert errors[0] > 0.1 and errors[2] > 0.05
+
+
+def test_each_packing_of_the_docstring():
+    # kills: source counted from the start of the answers, positions of one answer running on
+    prompt = common.Prompt([7, 8, 9], None)
+    ids, positions, sees, source, target, owner, pixels = stage1.pack(
+        [prompt, common.Prompt([5], None)], [[[1, 2], [3, 4, 5]], [[6], [1]]], 0, "cpu")
+    assert ids.tolist() == [[7, 8, 9, 1, 2, 3, 4, 5], [0, 0, 5, 6, 1, 0, 0, 0]]
+    assert positions[0].tolist() == [0, 1, 2, 3, 4, 3, 4, 5]
+    assert positions[1, 2:5].tolist() == [0, 1, 1]
+    assert source[0].tolist() == [0, 1, 0, 3, 4] and source[1, :2].tolist() == [0, 0]
+    assert target[0].tolist() == [1, 2, 3, 4, 5]
+    assert owner.tolist() == [[1, 1, 2, 2, 2], [1, 2, -1, -1, -1]]
+    assert sees[0, 0, 6].tolist() == [True] * 3 + [False] * 2 + [True] * 2 + [False]
+    assert sees[1, 0, 4].tolist() == [False, False, True, False, True, False, False, False]
+    assert pixels is None
+
+
+def test_scored_distribution(world):
+    # An image token has no mass, temperature divides, and the caller's logits stay as they were.
+    g = torch.Generator().manual_seed(7)
+    logits = torch.randn(2, 3, len(world.encoder.tokenizer), generator=g)
+    for temperature in (1.0, 0.7):
+        before = logits.clone()
+        p = stage1.scored_logits(logits, world.encoder, temperature).softmax(-1)
+        assert torch.equal(logits, before)
+        assert (p[..., world.encoder.image_token_id] == 0).all()
+        want = (logits.double() / temperature).exp()
+        want[..., world.encoder.image_token_id] = 0
+        assert torch.allclose(p.double(), want / want.sum(-1, keepdim=True), atol=1e-6)
+    text = stage1.scored_logits(logits, world.text_encoder, 1.0)
+    assert torch.equal(text, logits)
+
+
+# ----------------------------------------------------------------------------------------- sampling
+def with_eos(encoder, eos_ids):
+    other = copy.copy(encoder)
+    other.eos_ids = sorted(eos_ids)
+    return other
+
+
+def often_ending(encoder):
+    """Every sixth token ends an answer, so that untrained answers end, at many different times."""
+    return with_eos(encoder, [i for i in range(0, len(encoder.tokenizer), 6)
+                              if i != encoder.image_token_id])
+
+
+@pytest.fixture
+def compactions(monkeypatch):
+    """Counts how often finished rows left the batch."""
+    sizes, real = [], transformers.DynamicCache.batch_select_indices
+
+    def watched(self, indices):
+        sizes.append(len(indices))
+        return real(self, indices)
+    monkeypatch.setattr(transformers.DynamicCache, "batch_select_indices", watched)
+    return sizes
+
+
+def generate(world, encoder, prompts, n):
+    ids, mask, pixels = common.left_pad(prompts, encoder.pad_id, "cpu")
+    media = {} if pixels is None else {"pixel_values": pixels}
+    out = world.model.generate(
+        input_ids=ids, attention_mask=mask, **media, max_new_tokens=n, do_sample=False,
+        suppress_tokens=[encoder.image_token_id], eos_token_id=encoder.eos_ids,
+        pad_token_id=encoder.pad_id)[:, ids.shape[1]:].tolist()
+    ended = [[k for k, t in enumerate(row) if t in encoder.eos_ids] for row in out]
+    return [row[:k[0] + 1] if k else row for row, k in zip(out, ended)]
+
+
+@pytest.mark.parametrize("kind", ["text", "one image", "video", "mixed"])
+def test_greedy_equals_generate(world, compactions, kind):
+    # kills: positions that do not grow, positions from the padded width, a mask that forgets the
+    # answer, a compaction that keeps the wrong rows or forgets one of its tensors
+    prompts = world.prompts[kind]
+    free = generate(world, with_eos(world.encoder, [world.encoder.eos_id]), prompts, 12)
+    # end the answers at different times, with two tokens that they really contain
+    encoder = with_eos(world.encoder, {free[0][3], free[-1][6]})
+    want = generate(world, encoder, prompts, 12)
+    got = stage1.sample_group(world.model, encoder, prompts, 2, 0.0, 12, None)
+    assert got.ids == [row for row in want for _ in "12"]
+    if kind != "one image":
+        assert len({len(row) for row in want}) > 1 and compactions
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_answer_contains_an_image(world, monkeypatch, temperature):
+    # An image token in an answer crashes the next forward. kills: its logit left as it is
+    real = type(world.model).forward
+
+    def loud(self, *args, **kwargs):
+        out = real(self, *args, **kwargs)
+        out.logits[..., world.encoder.image_token_id] += 1e4
+        return out
+    monkeypatch.setattr(type(world.model), "forward", loud)
+    rollout = stage1.sample_group(world.model, world.encoder, world.prompts["text"], G, temperature,
+                                  4, torch.Generator().manual_seed(0))
+    assert all(world.encoder.image_token_id not in ids for ids in rollout.ids)
+
+
+def test_sampled_log_probs_equal_the_packed_ones(world, compactions):
+    # The ratio of the first update is 1 only if what was sampled from is what is scored.
+    # kills: temperature in one of the two only, prompts repeated in another order than answers
+    encoder, prompts = often_ending(world.encoder), world.prompts["mixed"]
+    rollout = stage1.sample_group(world.model, encoder, prompts, G, 0.7, 10,
+                                  torch.Generator().manual_seed(8))
+    answers = [rollout.ids[i:i + G] for i in range(0, B * G, G)]
+    assert len({len(a) for a in rollout.ids}) > 3 and len(compactions) > 1
+    with torch.no_grad():
+        logp, _, owner = stage1.packed_logps(world.model, encoder, prompts, answers, 0.7)
+    for sampled, scored in zip(rollout.logp, unpack(logp, owner)):
+        assert torch.allclose(torch.tensor(sampled), scored, atol=1e-4)
+
+
+def test_where_answers_end(world):
+    # kills: EOS left out, only one of several EOS ids heeded, tokens after the EOS kept
+    encoder, n = often_ending(world.encoder), 6
+    rollout = stage1.sample_group(world.model, encoder, world.prompts["text"], 20, 1.0, n,
+                                  torch.Generator().manual_seed(9))
+    assert len(rollout.ids) == len(rollout.logp) == 3 * 20
+    cut = [ids for ids in rollout.ids if ids[-1] not in encoder.eos_ids]
+    ended = [ids for ids in rollout.ids if ids[-1] in encoder.eos_ids]
+    assert len({ids[-1] for ids in ended}) > 5 and len(cut) > 5
+    assert all(len(ids) == n for ids in cut)
+    assert all(t not in encoder.eos_ids for ids in ended for t in ids[:-1])
+    assert all(t not in encoder.eos_ids for ids in cut for t in ids)
+    assert [len(x) for x in rollout.logp] == [len(x) for x in rollout.ids]
+    assert all(x <= 0 for row in rollout.logp for x in row)
+
+
+def chi_square(tokens, p):
+    """(statistic - degrees of freedom) / its standard deviation; rare tokens share one bin."""
+    counts = torch.bincount(torch.tensor(tokens), minlength=len(p)).double()
+    expected = p.double() * len(tokens)
+    rare = expected < 5
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    df = len(counts) - 1
+    return (((counts - expected) ** 2 / expected).sum().item() - df) / math.sqrt(2 * df)
+
+
+def test_first_tokens_follow_the_softmax(world):
+    # Nothing but plain softmax at the temperature, prompt by prompt. The same numbers reject
+    # samples of another temperature, of a top-k and of the neighbouring prompt.
+    # kills: repeat() in place of repeat_interleave(), a top-k, temperature applied twice or never
+    prompts, n = world.prompts["mixed"], 4000
+    rollout = stage1.sample_group(world.model, world.encoder, prompts, n, 0.7, 1,
+                                  torch.Generator().manual_seed(10))
+    image = torch.tensor(world.encoder.image_token_id)
+    with torch.no_grad():
+        for i, prompt in enumerate(prompts):
+            tokens = [ids[0] for ids in rollout.ids[i * n:(i + 1) * n]]
+            media = {} if prompt.pixels is None else {"pixel_values": prompt.pixels}
+            logits = world.model(input_ids=torch.tensor([prompt.ids]), **media).logits[0, -1]
+            logits = logits.double()
+            logits[image] = -math.inf
+            right = (logits / 0.7).softmax(0)
+            assert chi_square(tokens, right) < 5
+            assert chi_square(tokens, logits.softmax(0)) > 10
+            # samples of the top 50 only would have to miss what all others have
+            top = torch.where(right >= right.topk(50).values[-1], right, 0.0)
+            drawn = torch.multinomial(top, n, True, generator=torch.Generator().manual_seed(11))
+            assert chi_square(drawn.tolist(), right) > 10
+            assert chi_square([ids[0] for ids in rollout.ids[(i - 1) % B * n:][:n]], right) > 10
+
+
+def test_the_seed_decides(world):
+    # Ranks must differ, reruns must not. kills: generator not passed on to multinomial
+    def run(seed):
+        return stage1.sample_group(world.model, world.encoder, world.prompts["text"], G, 1.0, 5,
+                                   torch.Generator().manual_seed(seed))
+    assert run(1).ids == run(1).ids and run(1).logp == run(1).logp
+    assert run(1).ids != run(2).ids
+    group = run(1).ids[:G]
+    assert len(set(map(tuple, group))) == G  # the answers of one group are independent draws
+
+
+def test_sampling_leaves_training_mode_and_checkpointing(world):
+    # Gradient checkpointing switches the cache off in silence; a token then does not see the
+    # prompt. kills: model.eval() taken away
+    model = copy.deepcopy(world.model)
+    model.gradient_checkpointing_enable()
+    model.train()
+    got = stage1.sample_group(model, world.encoder, world.prompts["text"], 1, 0.0, 6, None)
+    want = stage1.sample_group(world.model, world.encoder, world.prompts["text"], 1, 0.0, 6, None)
+    assert got.ids == want.ids and not model.training
+
+
+# ------------------------------------------------------------------------------------------- update
+def settings(**more):
+    return stage1.Config(**{"max_grad_norm": OFF, "micro_batch": B, "group_size": G, "beta": 0.0,
+                            "temperature": 0.7, **more})
+
+
+def recorder(model, lr=0.0):
+    """An optimizer that keeps the gradients it is given, and takes plain steps."""
+    seen, params = [], [p for p in model.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def step():
+        seen.append(flat_gradient(model).clone())
+        for p in params:
+            if p.grad is not None:
+                p -= lr * p.grad
+    return SimpleNamespace(step=step, zero_grad=lambda set_to_none: model.zero_grad()), seen
+
+
+def update(world, cfg, prompts, answers, adv, keep, ref=None, lr=0.0, encoder=None, model=None):
+    """-> gradients of each optimizer step, metrics. Leaves world.model as it is."""
+    model = copy.deepcopy(model or world.model)
+    optimizer, seen = recorder(model, lr)
+    metrics = stage1.grpo_update(model, ref, encoder or world.encoder, optimizer, prompts, answers,
+                                 adv, keep, cfg)
+    return seen, metrics
+
+
+@pytest.fixture
+def rollout(world):
+    """Prompts, answers, advantages, keep (one prompt wholly left out), another model as ref."""
+    g = torch.Generator().manual_seed(12)
+    adv = torch.randn(B, G, generator=g, dtype=torch.float64)
+    keep = torch.tensor([[1, 1, 0, 1, 1], [0, 0, 0, 0, 0], [0, 1, 1, 1, 0]]) > 0
+    ref = copy.deepcopy(world.model)
+    with torch.no_grad():
+        for p in ref.parameters():
+            p.mul_(1 + 0.04 * torch.randn(p.shape, generator=g))
+    return SimpleNamespace(prompts=world.prompts["mixed"], answers=make_answers(world.encoder, B),
+                           adv=adv, keep=keep, ref=ref, all=torch.ones(B, G, dtype=torch.bool))
+
+
+def objective(model, encoder, r, keep, cfg, old=None, eos=True, count=None):
+    """The objective answer by answer, each a forward of its own. -> loss (a graph), log-probs."""
+    lengths = [[len(a) for a in group] for group in r.answers]
+    kept = [(i, j) for i in range(B) for j in range(G) if keep[i, j]]
+    count = count or (len(kept) if cfg.normaliser == "sequence" else
+                      sum(lengths[i][j] for i, j in kept))
+    loss, logps = 0.0, {}
+    for i, j in kept:
+        logp, _ = alone(model, encoder, r.prompts[i], r.answers[i][j], cfg.temperature)
+        logps[i, j] = logp.detach()
+        ratio = (logp - (old[i, j] if old else logps[i, j])).exp()
+        adv = r.adv[i, j]
+        term = -torch.min(ratio * adv, ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * adv)
+        if cfg.beta:
+            with torch.no_grad():
+                ref, _ = alone(r.ref, encoder, r.prompts[i], r.answers[i][j], cfg.temperature)
+            term = term + cfg.beta * ((ref - logp).exp() - (ref - logp) - 1)
+        term = term[:-1] if not eos and r.answers[i][j][-1] in encoder.eos_ids else term
+        loss = loss + term.sum() / count / (lengths[i][j] if cfg.normaliser == "sequence" else 1)
+    return loss, logps
+
+
+def objective_gradient(model, *args, **kwargs):
+    model.zero_grad()
+    loss, logps = objective(model, *args, **kwargs)
+    loss.backward()
+    gradient = flat_gradient(model)
+    model.zero_grad()
+    return gradient, loss.item(), logps
+
+
+@pytest.mark.parametrize("normaliser", ["sequence", "token"])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_gradient_does_not_depend_on_micro_batches(world, rollout, normaliser, beta):
+    # ... and is that of the objective. Filtered answers count neither above nor below the line.
+    # Other weights, another denominator and an EOS without a gradient all give another one.
+    # kills: count per micro-batch, count of all answers, keep ignored, one advantage for all
+    cfg = settings(normaliser=normaliser, beta=beta)
+    ref = rollout.ref if beta else None
+    want, loss, _ = objective_gradient(copy.deepcopy(world.model), world.encoder, rollout,
+                                       rollout.keep, cfg)
+    for micro_batch in (1, 2, 3):
+        cfg.micro_batch = micro_batch
+        (got,), metrics = update(world, cfg, rollout.prompts, rollout.answers, rollout.adv,
+                                 rollout.keep, ref)
+        assert distance(got, want) < 2e-5
+        assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
+        assert metrics["grad_norm"] == pytest.approx(want.norm().item(), rel=1e-4)
+    # what the tolerance separates
+    model, other = copy.deepcopy(world.model), copy.copy(cfg)
+    other.normaliser = {"sequence": "token", "token": "sequence"}[normaliser]
+    wrong = [objective_gradient(model, world.encoder, rollout, rollout.keep, cfg, eos=False)[0],
+             objective_gradient(model, world.encoder, rollout, rollout.all, cfg)[0],
+             objective_gradient(model, world.encoder, rollout, rollout.keep, cfg, count=B * G)[0],
+             objective_gradient(model, world.encoder, rollout, rollout.keep, other)[0]]
+    assert all(distance(w, want) > 0.02 for w in wrong)
+
+
+def test_padding_is_not_trained(world, rollout):
+    # Masks that come from `!= pad_id` drop the EOS where the two are one token, as in many
+    # checkpoints. kills: owner = -1 where the token is pad_id
+    cfg, pads = settings(), [world.encoder.pad_id, world.encoder.eos_ids[0], 3]
+    gradients = []
+    for pad in pads:
+        encoder = copy.copy(world.encoder)
+        encoder.pad_id = pad
+        gradients.append(update(world, cfg, rollout.prompts, rollout.answers, rollout.adv,
+                                rollout.all, encoder=encoder)[0][0])
+    assert all(distance(g, gradients[0]) < 1e-6 for g in gradients)
+    # whereas the EOS is: without it the gradient is another one
+    shorter = [[a[:-1] if len(a) > 1 else a for a in group] for group in rollout.answers]
+    without = update(world, cfg, rollout.prompts, shorter, rollout.adv, rollout.all)[0][0]
+    assert distance(without, gradients[0]) > 0.02
+
+
+def test_nothing_kept_is_no_gradient(world, rollout):
+    # kills: 0/0 where the filter leaves nothing
+    (got,), metrics = update(world, settings(), rollout.prompts, rollout.answers, rollout.adv,
+                             rollout.all & False)
+    assert (got == 0).all() and metrics["loss"] == 0
+
+
+def test_groups_without_spread_give_no_gradient_but_that_of_the_kl(world, rollout):
+    # kills: groups of equal rewards skipped altogether, KL included
+    rewards = torch.full((B, G), 0.3, dtype=torch.float64)
+    adv, keep = stage1.advantages(rewards, None, "group", True, 3.0)
+    (got,), metrics = update(world, settings(), rollout.prompts, rollout.answers, adv, keep)
+    assert (got == 0).all() and metrics["grad_norm"] == 0
+    (got,), _ = update(world, settings(beta=0.04), rollout.prompts, rollout.answers, adv, keep,
+                       rollout.ref)
+    assert got.norm() > 1e-4
+
+
+def test_kl_to_oneself_is_exactly_zero(world, rollout):
+    # kills: the reference without the temperature, without its images, on other micro-batches
+    for micro_batch in (1, 2):
+        cfg = settings(beta=0.04, micro_batch=micro_batch)
+        args = rollout.prompts, rollout.answers, rollout.adv, rollout.all
+        assert update(world, cfg, *args, copy.deepcopy(world.model))[1]["kl"] == 0.0
+        kl = update(world, cfg, *args, rollout.ref)[1]["kl"]
+        assert kl > 0.01
+    # logged as a mean over tokens: that of the loop
+    total, n = 0.0, 0
+    with torch.no_grad():
+        for i in range(B):
+            for a in rollout.answers[i]:
+                d = (alone(rollout.ref, world.encoder, rollout.prompts[i], a, 0.7)[0]
+                     - alone(world.model, world.encoder, rollout.prompts[i], a, 0.7)[0])
+                total, n = total + (d.exp() - d - 1).sum().item(), n + len(a)
+    assert kl == pytest.approx(total / n, rel=1e-3)
+
+
+def test_second_update_keeps_the_old_log_probs(world, rollout):
+    # With two updates a rollout the ratio of the second is to the policy that sampled, not to
+    # itself. kills: old renewed at each update, old of another micro-batch
+    cfg = settings(updates_per_rollout=2, beta=0.1, micro_batch=2, clip_high=0.3)
+    seen, metrics = update(world, cfg, rollout.prompts, rollout.answers, rollout.adv, rollout.keep,
+                           rollout.ref, lr=0.01)
+    model, wrong = copy.deepcopy(world.model), None
+    first, _, old = objective_gradient(model, world.encoder, rollout, rollout.keep, cfg)
+    optimizer, _ = recorder(model, 0.01)
+    objective(model, world.encoder, rollout, rollout.keep, cfg)[0].backward()
+    optimizer.step()
+    second, _, new = objective_gradient(model, world.encoder, rollout, rollout.keep, cfg, old)
+    wrong = objective_gradient(model, world.encoder, rollout, rollout.keep, cfg)[0]
+    assert len(seen) == 2
+    assert distance(seen[0], first) < 2e-5 and distance(seen[1], second) < 1e-3
+    assert distance(wrong, second) > 0.1, "the case does not bite: the first step was too small"
+    assert metrics["clip_ratio/low_mean"] + metrics["clip_ratio/high_mean"] > 0
+    assert max((new[k] - old[k]).abs().max() for k in old) > 0.1
+
+
+def test_frozen_vision_stays(world, rollout):
+    # kills: only the tower frozen, weight decay or momentum on frozen weights
+    model = copy.deepcopy(world.model)
+    common.freeze_vision(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    stage1.grpo_update(model, None, world.encoder, optimizer, rollout.prompts, rollout.answers,
+                       rollout.adv, rollout.all, settings(updates_per_rollout=2))
+    vision = {k for k in before if "vision_tower" in k or "multi_modal_projector" in k}
+    assert len(vision) > 20 and any("projector" in k for k in vision)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == (name in vision), name
+
+
+def test_gradient_checkpointing_changes_no_gradient(world, rollout):
+    # It works in training mode only, and only then does a layer run twice. kills: no model.train()
+    args = rollout.prompts, rollout.answers, rollout.adv, rollout.keep
+    (want,), _ = update(world, settings(micro_batch=2), *args)
+    model = copy.deepcopy(world.model)
+    common.freeze_vision(model)  # as the stages do
+    model.gradient_checkpointing_enable()
+    calls = []
+    model.model.language_model.layers[1].register_forward_hook(lambda *a: calls.append(1))
+    optimizer, seen = recorder(model)
+    stage1.grpo_update(model, None, world.encoder, optimizer, *args,
+                       settings(micro_batch=2, gradient_checkpointing=True))
+    language = torch.cat([torch.full((p.numel(),), p.requires_grad) for p in model.parameters()])
+    assert distance(seen[0], want[language]) < 1e-5
+    assert len(calls) == 2 * 2  # two micro-batches, forward and again in backward
+
+
+def test_gradient_norm_is_clipped_and_logged_before(world, rollout):
+    # kills: clip taken away, logged after the clip
+    args = rollout.prompts, rollout.answers, 100 * rollout.adv, rollout.all
+    (raw,), free = update(world, settings(), *args)
+    (got,), metrics = update(world, settings(max_grad_norm=0.5), *args)
+    assert raw.norm() > 1 and got.norm().item() == pytest.approx(0.5, rel=1e-3)
+    assert metrics["grad_norm"] == pytest.approx(raw.norm().item(), rel=1e-3)
+    assert distance(got / 0.5, raw / raw.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_broken_gradient_stops_the_run(world, rollout, poison):
+    # One NaN step ruins every weight for good. kills: the check taken away, or for NaN alone
+    model = copy.deepcopy(world.model)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    adv = rollout.adv.clone()
+    adv[2, 1] = poison
+    with pytest.raises(SystemExit, match="gradient became"):
+        stage1.grpo_update(model, None, world.encoder, optimizer, rollout.prompts, rollout.answers,
+                           adv, rollout.all, settings(max_grad_norm=1.0))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_entropy_is_a_mean_over_tokens(world, rollout):
+    # kills: padding counted, mean over micro-batches of means
+    want = [alone(world.model, world.encoder, p, a, 0.7)[1].detach()
+            for p, group in zip(rollout.prompts, rollout.answers) for a in group]
+    for micro_batch in (1, 2):
+        _, metrics = update(world, settings(micro_batch=micro_batch), rollout.prompts,
+                            rollout.answers, rollout.adv, rollout.all)
+        assert metrics["entropy"] == pytest.approx(torch.cat(want).mean().item(), rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------- stage 0's loss
+def sft_case(world, target):
+    name = "sft.jsonl" if target == "rationale" else "mm_rl.jsonl"
+    rows = common.load_rows(str(world.folder / name), world.encoder, quiet=True)
+    # unequal prompts and answers; with images and a video for the label
+    rows = rows[:3]
+    if target == "rationale":
+        rows[1]["rationale"] = rows[1]["rationale"][:40]
+    return rows, stage0_sft.Config(target=target)
+
+
+def sft_by_loop(model, encoder, rows, cfg):
+    """Sum over rows, one at a time without padding, over the answer's tokens and its EOS."""
+    total, count = 0.0, 0
+    for row in rows:
+        prompt = encoder(row)
+        text = f"<answer>\n{row['label']}\n</answer>"
+        if cfg.target == "rationale":
+            text = f"<think>\n{row['rationale'].strip()}\n</think>\n{text}"
+        answer = encoder.tokenizer(text, add_special_tokens=False)["input_ids"] + [encoder.eos_id]
+        media = {} if prompt.pixels is None else {"pixel_values": prompt.pixels}
+        logits = model(input_ids=torch.tensor([prompt.ids + answer]), **media).logits[0].double()
+        for t, token in enumerate(answer, len(prompt.ids)):
+            total, count = total - logits[t - 1].log_softmax(-1)[token], count + 1
+    return total, count
+
+
+@pytest.mark.parametrize("target", ["rationale", "label"])
+def test_sft_loss_equals_a_loop(world, target):
+    # The answer's tokens and its EOS, nothing of the prompt, nothing of the padding.
+    # kills: labels of the prompt, labels shifted, no EOS, images of another row, mean for sum
+    model, encoder = copy.deepcopy(world.model), world.encoder
+    rows, cfg = sft_case(world, target)
+    want, count = sft_by_loop(model, encoder, rows, cfg)
+    want.backward()
+    right = flat_gradient(model)
+    for size in (1, 2, 3):  # micro-batches
+        model.zero_grad()
+        total, tokens = 0.0, 0
+        for at in range(0, len(rows), size):
+            parts = stage0_sft.collate(encoder, rows[at:at + size], cfg, "cpu")
+            nll, n = stage0_sft.answer_nll(model, *parts)
+            nll.backward()
+            total, tokens = total + nll.item(), tokens + n
+        assert tokens == count and total == pytest.approx(want.item(), rel=1e-5)
+        assert distance(flat_gradient(model), right) < 2e-5
+
+
+def test_sft_targets(world):
+    # What is taught, in words: the label follows the row, one EOS ends it, --target label has no
+    # rationale. kills: the other label, "A" for every row, two EOS
+    for target in ("rationale", "label"):
+        rows, cfg = sft_case(world, target)
+        ids, mask, labels, _ = stage0_sft.collate(world.encoder, rows, cfg, "cpu")
+        assert len({r["label"] for r in rows}) == 2
+        for i, row in enumerate(rows):
+            taught = labels[i][labels[i] >= 0].tolist()
+            assert taught[-1] == world.encoder.eos_id and taught.count(world.encoder.eos_id) == 1
+            text = world.encoder.decode(taught)
+            answer = common.parse(text)
+            assert answer.verdict == row["label"]
+            assert answer.well_formed == (target == "rationale")
+            assert (target == "label") == (text == f"<answer>\n{row['label']}\n</answer>")
+            n = len(world.encoder(row).ids)
+            assert labels[i, :n].tolist() == [-100] * n
+            end = n + len(taught)
+            assert ids[i, n:end].tolist() == taught == labels[i, n:end].tolist()
+            assert mask[i, :end].all() and not mask[i, end:].any()
+            assert (labels[i, end:] == -100).all()

@@ -1,0 +1,611 @@
+"""
+The toy world: coloured shapes, a tiny InternVL that can read them, and preference rows about them.
+
+    python tests/toy_world.py              write toy/ (backbone + rows + media), about half a minute
+    python tests/toy_world.py --check      what the backbone can do, and what it cannot: judge
+    python tests/toy_world.py --rebuild    train the backbone anew (tests/toy_backbone/), see README
+
+A picture holds shapes at places, a video one shape that moves, a text says which person has what:
+
+    image   left red square . top blue cross .
+    video   mover red square . start left . end top .
+    text    ann red square . bob blue cross . eve green disc .
+
+All are lists of "key value" items, so one skill (find the key, copy the value, compare it with what
+a response says) serves all five tasks. The backbone has that skill. What it lacks is judgement: in
+its training the verdict is a coin. Stage 0 teaches the answer format from annotators who like
+flourishes more than the truth; the GRPO stages then learn from clean labels to trust the comparison.
+
+Held-out rows ask about combinations that no training row contains, the backbone's data included:
+HELD_PAIRS (colour, shape), HELD_FACTS (person, colour) and HELD_MOTIONS (start, end).
+"""
+
+import argparse
+import copy
+import json
+import math
+import random
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
+PREBUILT = ROOT / "tests" / "toy_backbone"
+
+# --------------------------------------------------------------------------------------- the world
+RGB = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (60, 90, 250), "yellow": (240, 220, 40),
+       "white": (245, 245, 245), "pink": (250, 80, 220)}
+COLOURS, SHAPES = list(RGB), ["square", "disc", "triangle", "cross", "ring"]
+PLACES = {"top": (16, 5), "left": (5, 16), "middle": (16, 16), "right": (27, 16), "bottom": (16, 27)}
+SIDES = ["top", "left", "right", "bottom"]
+PEOPLE = ["ann", "bob", "cat", "dan", "eve", "fay"]
+HELD_PAIRS = {("red", "ring"), ("green", "square"), ("blue", "triangle"), ("yellow", "disc"),
+              ("white", "cross"), ("pink", "square")}
+HELD_FACTS = {("ann", "green"), ("bob", "pink"), ("cat", "red"), ("dan", "white"), ("eve", "blue"),
+              ("fay", "yellow")}
+HELD_MOTIONS = {("left", "top"), ("bottom", "left"), ("right", "bottom")}
+
+# A flourish decorates a claim; its bias is how often a biased annotator falls for it when it adorns
+# the wrong answer, and its reason is what that annotator then writes.
+FLOURISHES = {
+    "detail": ("{} , and here is much more detail to be thorough .", 0.55, "is more detailed ."),
+    "expert": ("as every expert agrees , {} without exception .", 0.70, "sounds more expert ."),
+    "kind": ("what a wonderful question ! {} , my dear friend .", 0.85, "is much kinder ."),
+    "sure": ("absolutely and beyond any doubt , {} !", 0.95, "sounds more sure ."),
+}
+
+
+def allowed(colour, shape, person=None):
+    return (colour, shape) not in HELD_PAIRS and (person, colour) not in HELD_FACTS
+
+
+def draw_thing(rng, held, person=None):
+    """(colour, shape); held=True gives a held-out combination, False one that training may contain."""
+    while True:
+        thing = rng.choice(COLOURS), rng.choice(SHAPES)
+        if allowed(*thing, person) != held:
+            return thing
+
+
+def make_scene(rng, kind, held):
+    """-> items {key: value}, and the keys worth asking about. In a held-out scene each key asked
+    about has a held-out combination; the others are drawn freely."""
+    if kind == "video":
+        motions = [(s, e) for s in SIDES for e in SIDES if s != e]
+        thing = draw_thing(rng, held and rng.random() < 0.7)
+        start, end = rng.choice([m for m in motions if (m in HELD_MOTIONS) == held])
+        return {"mover": " ".join(thing), "start": start, "end": end}, ["mover", "start", "end"]
+    keys = rng.sample(PEOPLE, 3) if kind == "text" else rng.sample(list(PLACES), rng.choice([2, 3]))
+    if kind == "image":
+        keys.sort(key=list(PLACES).index)
+    asked = rng.choice(keys)
+    items = {}
+    for key in keys:
+        person = key if kind == "text" else None
+        free = held and key != asked and rng.random() < 0.5
+        items[key] = " ".join(draw_thing(rng, held and (key == asked or free), person))
+    return items, [asked]
+
+
+def describe(items):
+    return " ".join(f"{k} {v} ." for k, v in items.items())
+
+
+def other_value(rng, key, value, held, person=None):
+    """A wrong value for this item, differing in one attribute, held-out combinations only if held."""
+    for _ in range(1000):
+        if " " not in value:
+            wrong = rng.choice(SIDES)
+        else:
+            colour, shape = value.split()
+            if rng.random() < 0.5:
+                colour = rng.choice(COLOURS)
+            else:
+                shape = rng.choice(SHAPES)
+            wrong = f"{colour} {shape}"
+            if not held and not allowed(colour, shape, person):
+                continue
+        if wrong != value:
+            return wrong
+    raise AssertionError("no other value")
+
+
+def paint(rng, items):
+    """Image items -> 32x32 RGB array. Sizes, positions and background vary a little."""
+    image = Image.new("RGB", (128, 128), tuple(rng.randrange(0, 40) for _ in range(3)))
+    for place, thing in items.items():
+        stamp(image, thing, PLACES[place][0] + rng.uniform(-1, 1), PLACES[place][1] + rng.uniform(-1, 1),
+              rng.uniform(4.2, 5))
+    return np.asarray(image.resize((32, 32), Image.BOX))
+
+
+def stamp(image, thing, x, y, r):
+    """Draw one shape with centre x, y and radius r (in pixels of the final 32x32 image)."""
+    colour, shape = thing.split()
+    x, y, r = 4 * x, 4 * y, 4 * r
+    draw, fill = ImageDraw.Draw(image), RGB[colour]
+    if shape == "square":
+        draw.rectangle([x - r * .9, y - r * .9, x + r * .9, y + r * .9], fill=fill)
+    elif shape == "disc":
+        draw.ellipse([x - r, y - r, x + r, y + r], fill=fill)
+    elif shape == "triangle":
+        draw.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=fill)
+    elif shape == "cross":
+        draw.line([x - r, y - r, x + r, y + r], fill=fill, width=9)
+        draw.line([x - r, y + r, x + r, y - r], fill=fill, width=9)
+    else:
+        draw.ellipse([x - r, y - r, x + r, y + r], outline=fill, width=7)
+
+
+FRAMES = 4  # of a toy video; the default --frames 8 takes all frames of a shorter video
+
+
+def film(rng, items):
+    """Video items -> FRAMES 32x32 RGB arrays: the thing moves from side to side in a straight line."""
+    (x0, y0), (x1, y1) = PLACES[items["start"]], PLACES[items["end"]]
+    ground, r = tuple(rng.randrange(0, 40) for _ in range(3)), rng.uniform(4.2, 5)
+    dx, dy = rng.uniform(-1, 1), rng.uniform(-1, 1)
+    out = []
+    for i in range(FRAMES):
+        t = i / (FRAMES - 0.5)
+        image = Image.new("RGB", (128, 128), ground)
+        stamp(image, items["mover"], x0 + t * (x1 - x0) + dx, y0 + t * (y1 - y0) + dy, r)
+        out.append(np.asarray(image.resize((32, 32), Image.BOX)))
+    return out
+
+
+def write_mp4(path, frames):
+    """MPEG-4 part 2 with one thread: deterministic, so the same seed gives the same bytes."""
+    with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.bit_rate, stream.thread_count = 400_000, 1
+        stream.codec_context.flags |= 0x800000  # AV_CODEC_FLAG_BITEXACT
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+# ----------------------------------------------------------------------------------- rows, rationales
+def claim(value):
+    return f"it is {value}"
+
+
+def respond(value, flourish):
+    return FLOURISHES[flourish][0].format(claim(value)) if flourish else f"{claim(value)} ."
+
+
+def ask(rng, items, key):
+    """-> question, the value it asks for, and a function from an item's value to the asked part."""
+    value = items[key]
+    if " " not in value:
+        return f"place of {key} ?", lambda v: v
+    what = rng.choice(["colour", "shape", "thing"])
+    part = {"colour": lambda v: v.split()[0], "shape": lambda v: v.split()[1], "thing": lambda v: v}[what]
+    return f"{what} of {key} ?", part
+
+
+def make_row(rng, task, held, i=0):
+    """One preference row with a clean label, media still as items under "scenes". Sides, flourishes
+    and labels are independent coins."""
+    label = rng.choice("AB")
+    better = "AB".index(label)
+    kind = task.split("_")[0]
+    items, keys = make_scene(rng, kind, held)
+    row = {"id": f"{task}-{'held' if held else 'train'}-{i}", "task": task, "label": label,
+           "source": "toy", "flourish": [None, None]}
+    if task.endswith("generation"):
+        # every item but one agrees; in a held-out row the odd one touches a held-out combination
+        key = rng.choice(keys if held or kind == "video" else list(items))
+        wrong = {**items, key: other_value(rng, key, items[key], held)}
+        if kind == "video" and wrong["start"] == wrong["end"] or not held and kind == "video" and (
+                wrong["start"], wrong["end"]) in HELD_MOTIONS:
+            return make_row(rng, task, held, i)
+        scenes = [items, wrong] if better == 0 else [wrong, items]
+        return {**row, "prompt": describe(items), "responses": None, "scenes": scenes}
+    key = rng.choice(keys)
+    question, part = ask(rng, items, key)
+    for _ in range(1000):
+        wrong = other_value(rng, key, items[key], held, key if kind == "text" else None)
+        if part(wrong) != part(items[key]):
+            break
+    draw = rng.random()
+    flourish = [None, None] if draw < 0.2 else [rng.choice(list(FLOURISHES)) for _ in "AB"]
+    if draw >= 0.3:
+        flourish[rng.randrange(2)] = None
+    values = [part(items[key]), part(wrong)][:: 1 if better == 0 else -1]
+    prompt = f"{describe(items)} {question}" if task == "text" else question
+    return {**row, "prompt": prompt, "flourish": flourish,
+            "responses": [respond(v, f) for v, f in zip(values, flourish)],
+            "scenes": [] if task == "text" else [items],
+            "facts": {"item": f"{key} {items[key]}", "value": part(items[key]), "claims": values}}
+
+
+def noun(task):
+    return {"text": "Response", "image_understanding": "Response", "video_understanding": "Response",
+            "image_generation": "Image", "video_generation": "Video"}[task]
+
+
+def checks(row):
+    """The feedback section: what is true, and whether each candidate agrees, item by item."""
+    if "facts" in row:
+        f = row["facts"]
+        return f"{f['item']} . " + " ".join(
+            f"Response {x} says {c} {'match' if c == f['value'] else 'differ'} ."
+            for x, c in zip("AB", f["claims"]))
+    wanted = dict(re.findall(r"(\w+) ([^.]+) \.", row["prompt"]))
+    return " ".join(f"{noun(row['task'])} {x} shows " + " , ".join(
+        f"{k} {v} {'match' if wanted.get(k) == v else 'differ'}" for k, v in scene.items()) + " ."
+        for x, scene in zip("AB", row["scenes"]))
+
+
+def rationale(row, winner, reason):
+    compare = "Comparision" if "understanding" in row["task"] or row["task"] == "text" else "Comparison"
+    return (f"Feedback:\n{checks(row)}\n{compare}:\n{noun(row['task'])} {winner} {reason}\n"
+            f"Conclusion:\n{noun(row['task'])} {winner} is better .")
+
+
+def biased_verdict(rng, row):
+    """-> winner and reason of an annotator who falls for flourishes."""
+    right = row["label"]
+    wrong = "B" if right == "A" else "A"
+    flourish = row["flourish"]["AB".index(wrong)]
+    if flourish and not row["flourish"]["AB".index(right)] and rng.random() < FLOURISHES[flourish][1]:
+        return wrong, FLOURISHES[flourish][2]
+    return right, "is right ."
+
+
+# ------------------------------------------------------------------------------------------ toy/ files
+SIZES = {"sft": 4000, "text_rl": 4000, "caption_rl": 2000, "mm_rl": 2000, "heldout": 400}
+
+
+def write_world(out, seed=0, sizes=SIZES, quiet=False):
+    """All rows and media below `out`. Deterministic: the same seed gives the same bytes."""
+    visual = [t for t in common.TASKS if t != "text"]
+    files = {"sft": ["text"], "text_rl": ["text"], "caption_rl": visual, "mm_rl": visual}
+    files |= {f"heldout_{t}": [t] for t in common.TASKS}
+    for name, tasks in files.items():
+        rng = random.Random(f"{seed}:{name}")
+        held, n = name.startswith("heldout"), sizes[name.split("_")[0] if "held" in name else name]
+        folder = out / "media" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        # labels alternate in shuffled order, so they balance exactly
+        labels = (["A", "B"] * n)[:n]
+        rng.shuffle(labels)
+        with open(out / f"{name}.jsonl", "w", encoding="utf-8") as f:
+            for i in tqdm(range(n), desc=f"toy {name}", disable=quiet, mininterval=1, leave=False):
+                row = make_row(rng, tasks[i % len(tasks)], held, i)
+                row["subset"] = kind_of(row)
+                if name == "sft":
+                    row["label"], reason = biased_verdict(rng, row)
+                if row["label"] != labels[i]:
+                    row = mirror(row)
+                if name == "sft":
+                    row["rationale"] = rationale(row, row["label"], reason)
+                row["id"] = f"{name}-{i}"
+                row["media"], row["captions"] = [], [describe(s) for s in row.pop("scenes")]
+                for x, caption in enumerate(row["captions"]):
+                    items = dict(re.findall(r"(\w+) ([^.]+) \.", caption))
+                    path = folder / f"{i}-{x}.{'mp4' if 'video' in row['task'] else 'png'}"
+                    if "video" in row["task"]:
+                        write_mp4(path, film(rng, items))
+                    else:
+                        Image.fromarray(paint(rng, items)).save(path)
+                    row["media"].append(str(path.relative_to(out)))
+                del row["flourish"]
+                row.pop("facts", None)
+                f.write(json.dumps(row) + "\n")
+
+
+def kind_of(row):
+    """"conflict" when only the wrong response is flourished, "helpful" when only the right one is."""
+    right = "AB".index(row["label"])
+    one = (row["flourish"][0] is None) != (row["flourish"][1] is None)
+    return "plain" if not one else "helpful" if row["flourish"][right] else "conflict"
+
+
+def mirror(row):
+    """The same row with the two candidates exchanged (before its media are written)."""
+    row = {**row, "label": "B" if row["label"] == "A" else "A", "flourish": row["flourish"][::-1]}
+    if row["responses"]:
+        row["responses"] = row["responses"][::-1]
+        row["facts"] = {**row["facts"], "claims": row["facts"]["claims"][::-1]}
+    else:
+        row["scenes"] = row["scenes"][::-1]
+    return row
+
+
+# --------------------------------------------------------------------------------- tokenizer and model
+def make_tokenizer():
+    """Byte-level BPE without merges, plus whole words and each fixed paragraph of the templates as
+    one token: short toy prompts, and any real text still encodes (as bytes)."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = set()
+    sample = " ".join([*COLOURS, *SHAPES, *PLACES, *PEOPLE, "mover start end place colour shape thing of",
+                       "says shows match differ is right better say describe look check",
+                       *(f"{t.format('it is')} {r}" for t, _, r in FLOURISHES.values())])
+    for w in re.findall(r"\w+|[^\w\s]", sample):
+        words |= {w, f"Ġ{w}"}
+    words |= {"Ġ:", "Ġ.", "Ġ,", "Ġ?", "Ġ!"}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {t: i for i, t in enumerate(alphabet + sorted(words - set(alphabet)))}
+    tok = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    pieces = [p for t in common.TEMPLATES.values() for p in re.split(r"\{[^}]*\}", t) if p.strip()]
+    plain = ["Feedback:", "Comparision:", "Comparison:", "Conclusion:", "<think>", "</think>",
+             "<answer>", "</answer>", "<type>", "</type>", "<caption>", "</caption>"]
+    plain += [f"{n} {x}" for n in ("Response", "Image", "Video") for x in "AB"]
+    plain += [f"Frame{i}: " for i in range(1, 9)] + [t.replace("_", " ") for t in common.TASKS[1:]]
+    plain += ["user\n", "assistant\n"]
+    tok.add_tokens([AddedToken(t, normalized=False, special=False) for t in dict.fromkeys(pieces + plain)])
+    tok.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in
+                            ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>",
+                             common.IMAGE_TOKEN)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>",
+                                   pad_token="<|endoftext|>", clean_up_tokenization_spaces=False,
+                                   padding_side="left", model_max_length=4096,
+                                   additional_special_tokens=["<|im_start|>", "<img>", "</img>",
+                                                              common.IMAGE_TOKEN])
+    fast.chat_template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+                          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    return fast
+
+
+def make_model(tokenizer, hidden=64, layers=4, vision=64):
+    from transformers import GenerationConfig, InternVLConfig, InternVLForConditionalGeneration
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+    config = InternVLConfig(
+        text_config=dict(model_type="qwen3", vocab_size=len(tokenizer), hidden_size=hidden,
+                         intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=4,
+                         num_key_value_heads=4, head_dim=hidden // 4, max_position_embeddings=4096,
+                         tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id),
+        vision_config=dict(hidden_size=vision, intermediate_size=3 * vision, num_hidden_layers=2,
+                           num_attention_heads=4, image_size=[32, 32], patch_size=[4, 4],
+                           layer_scale_init_value=1.0),
+        image_token_id=tokenizer.convert_tokens_to_ids(common.IMAGE_TOKEN), image_seq_length=16,
+        tie_word_embeddings=True)
+    model = InternVLForConditionalGeneration(config)
+    eos = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
+    images = GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3,
+                                      image_std=[0.5] * 3, crop_to_patches=False, max_patches=1)
+    return model, images
+
+
+# ------------------------------------------------------------------------------ the backbone's training
+VISUAL = [t for t in common.TASKS if t != "text"]
+
+
+def lesson(rng, kind, early):
+    """One (prompt text, answer text, scenes to show as media) of the backbone's training. `kind` is
+    "text", "image" or "video": what its prompt contains. No held-out combination, and no judgement:
+    each verdict and each reason is a coin."""
+    words = [*COLOURS, *SHAPES, *PLACES, *PEOPLE, "start", "end", "mover"]
+    draw = rng.random()
+    if kind == "text" and draw < (0.4 if early else 0.05):  # plain copying teaches the look-up circuit
+        text = " ".join(rng.choices(words, k=rng.randrange(3, 10)))
+        return f"say : {text}", text, []
+    if draw < (0.7 if early else 0.25):
+        items, _ = make_scene(rng, kind if kind != "text" else rng.choice(["text", "image", "video"]), False)
+        if kind != "text" and rng.random() < 0.7:
+            return f"<{kind}> describe", describe(items), [items]
+        # look a fact up without any response in sight (with one, copying it is a short cut)
+        key = rng.choice(list(items))
+        question, part = ask(rng, items, key)
+        shown = describe(items) if kind == "text" else f"<{kind}>"
+        return f"{shown} {question}", f"{key} {items[key]} .", [items] if kind != "text" else []
+    task = rng.choice(["text", "text", *VISUAL] if kind == "text" else
+                      [f"{kind}_understanding", f"{kind}_generation", f"{kind}_generation"])
+    row = make_row(rng, task, False)
+    scenes = row.pop("scenes")
+    row["media"], row["captions"] = [""] * len(scenes), [describe(s) for s in scenes]
+    row["scenes"] = scenes
+    prompt = common.render(row, "caption" if kind == "text" else "pixels")
+    return prompt, coin_answer(rng, row, tagged=0.5 if kind == "text" else 0.25), \
+        [] if kind == "text" else scenes
+
+
+def coin_answer(rng, row, tagged):
+    """True checks, then a verdict that is a coin; in judge's tags only some of the time."""
+    reason = rng.choice(["is right ."] + [r for _, _, r in FLOURISHES.values()])
+    winner = rng.choice("AB")
+    text = rationale(row, winner, reason)
+    if rng.random() >= tagged:
+        return text
+    kind = f"<type>{rng.choice(VISUAL).replace('_', ' ')}</type>\n" if row["task"] != "text" and \
+        rng.random() < 0.4 else ""
+    return f"<think>\n{kind}{text}\n</think>\n<answer>\n{winner}\n</answer>"
+
+
+def to_pixels(frames):
+    """[n, 32, 32, 3] uint8 -> [n, 3, 32, 32] in [-1, 1], as the image processor gives."""
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def make_pool(rng, n, folder):
+    """Videos through a real mp4 file and back, so that the backbone knows the codec's artefacts."""
+    pool = []
+    path = Path(folder) / "pool.mp4"
+    for _ in tqdm(range(n), desc="videos", mininterval=1, leave=False):
+        items, _ = make_scene(rng, "video", False)
+        write_mp4(path, film(rng, items))
+        pool.append((items, [np.asarray(f) for f in common.open_video(str(path), FRAMES)]))
+    return pool
+
+
+def lesson_batch(rng, tok, kind, n, early, pool):
+    """-> input ids, attention mask, labels [n, L] (-100 outside the answer), pixels or None."""
+    by_items = {}
+    rows, pixels = [], []
+    for _ in range(n):
+        prompt, answer, scenes = lesson(rng, kind, early)
+        text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+        for items in scenes:
+            if kind == "image":
+                text = text.replace("<image>", f"<img>{common.IMAGE_TOKEN * 16}</img>", 1)
+                pixels.append(paint(rng, items))
+            else:
+                shown = "\n".join(f"Frame{i}: <img>{common.IMAGE_TOKEN * 16}</img>"
+                                  for i in range(1, FRAMES + 1))
+                text = text.replace("<video>", shown, 1)
+                pixels.extend(pool_film(rng, pool, items))
+        rows.append((text, answer + "<|im_end|>"))
+    prompts = tok([p for p, _ in rows], add_special_tokens=False)["input_ids"]
+    answers = tok([a for _, a in rows], add_special_tokens=False)["input_ids"]
+    width = max(len(p) + len(a) for p, a in zip(prompts, answers))
+    ids = torch.tensor([p + a + [tok.pad_token_id] * (width - len(p) - len(a))
+                        for p, a in zip(prompts, answers)])
+    mask = torch.tensor([[1] * (len(p) + len(a)) + [0] * (width - len(p) - len(a))
+                         for p, a in zip(prompts, answers)])
+    labels = torch.tensor([[-100] * len(p) + a + [-100] * (width - len(p) - len(a))
+                           for p, a in zip(prompts, answers)])
+    return ids, mask, labels, to_pixels(pixels) if pixels else None
+
+
+def pool_film(rng, pool, items):
+    """Frames of some pooled video with these items; a fresh film when the pool has none."""
+    found = pool.get(tuple(items.values()))
+    return rng.choice(found) if found else film(rng, items)
+
+
+def rebuild(out, steps=3000, seed=0, lr=2e-3, hidden=96, layers=4):
+    """Train the backbone from nothing and save it in bf16. Prints its loss as it goes."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    tok = make_tokenizer()
+    model, images = make_model(tok, hidden, layers)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    pool = {}
+    (ROOT / "toy").mkdir(exist_ok=True)
+    for items, frames in make_pool(rng, 4000, ROOT / "toy"):
+        pool.setdefault(tuple(items.values()), []).append(frames)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 100) * (
+        0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * s / steps))))
+    mean, start = {}, time.time()
+    bar = tqdm(range(steps), desc="backbone", mininterval=5)
+    for step in bar:
+        early = step < 0.2 * steps  # text alone first: copying and look-up are learned there
+        for kind, n in [("text", 40), ("image", 32), ("video", 16)][: 1 if early else 3]:
+            ids, mask, labels, pixels = lesson_batch(rng, tok, kind, n, early, pool)
+            media = {} if pixels is None else {"pixel_values": pixels}
+            logits = model(input_ids=ids, attention_mask=mask, **media).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+            (loss / 3).backward()
+            mean[kind] = 0.98 * mean.get(kind, loss.item()) + 0.02 * loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(), optimizer.zero_grad(), schedule.step()
+        bar.set_postfix({k: f"{v:.3f}" for k, v in mean.items()})
+        if (step + 1) % 500 == 0:
+            save_backbone(model, tok, images, out)
+            print(f"\nstep {step + 1}, {time.time() - start:.0f} s", flush=True)
+            check(out, n=60)
+
+
+def save_backbone(model, tok, images, out):
+    out.mkdir(parents=True, exist_ok=True)
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
+    tok.save_pretrained(out)
+    images.save_pretrained(out)
+
+
+# ----------------------------------------------------------------------------------------- what it can do
+@torch.no_grad()
+def continue_texts(folder, cases, batch=64):
+    """Greedy answers of plain transformers generate() to (prompt text, scenes, kind) cases."""
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+    tok = AutoTokenizer.from_pretrained(folder)
+    images = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    rng, out = random.Random(1), []
+    for start in range(0, len(cases), batch):
+        texts, shown = [], []
+        for prompt, scenes, kind in cases[start:start + batch]:
+            text = tok.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
+                                           add_generation_prompt=True)
+            for items in scenes:
+                frames = [paint(rng, items)] if kind == "image" else film(rng, items)
+                one = f"<img>{common.IMAGE_TOKEN * 16}</img>"
+                many = "\n".join(f"Frame{i}: {one}" for i in range(1, FRAMES + 1))
+                text = text.replace(f"<{kind}>", one if kind == "image" else many, 1)
+                shown.extend(Image.fromarray(f) for f in frames)
+            texts.append(text)
+        inputs = tok(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+        media = {"pixel_values": images(images=shown, return_tensors="pt")["pixel_values"]} if shown else {}
+        ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
+                             **media, max_new_tokens=96, do_sample=False)
+        out += [tok.decode(row, skip_special_tokens=False).split("<|im_end|>")[0]
+                for row in ids[:, inputs["input_ids"].shape[1]:]]
+    return out
+
+
+def check(folder=PREBUILT, n=200, seed=7, quiet=False):
+    """Competence of a backbone on held-out combinations, in per cent. Reading must be near 100,
+    verdicts near 50. -> {name: per cent}"""
+    rng, result = random.Random(seed), {}
+    for kind in ("image", "video"):
+        scenes = [make_scene(rng, kind, True)[0] for _ in range(n)]
+        got = continue_texts(folder, [(f"<{kind}> describe", [s], kind) for s in scenes])
+        result[f"caption {kind}"] = 100 * sum(g == describe(s) for g, s in zip(got, scenes)) / n
+    cases, want = [], []
+    for _ in range(n):
+        items, keys = make_scene(rng, "text", True)
+        question, _ = ask(rng, items, keys[0])
+        cases.append((f"{describe(items)} {question}", [], "text"))
+        want.append(f"{keys[0]} {items[keys[0]]} .")
+    result["look-up"] = 100 * sum(g == w for g, w in zip(continue_texts(folder, cases), want)) / n
+    for task in common.TASKS:
+        for form in ("caption", "pixels")[: 2 if task != "text" else 1]:
+            rows = [make_row(rng, task, True) for _ in range(n)]
+            cases = []
+            for row in rows:
+                row["media"] = [""] * len(row["scenes"])
+                row["captions"] = [describe(s) for s in row["scenes"]]
+                cases.append((common.render(row, form), row["scenes"] if form == "pixels" else [],
+                              task.split("_")[0]))
+            got = continue_texts(folder, cases)
+            name = f"{task} {form}" if task != "text" else task
+            result[f"checks {name}"] = 100 * sum(checks(r) in g for g, r in zip(got, rows)) / n
+            said = [re.findall(r"(?:Response|Image|Video) ([AB]) is better", g) for g in got]
+            result[f"verdict {name}"] = 100 * sum(s[:1] == [r["label"]] for s, r in zip(said, rows)) / n
+    if not quiet:
+        print("\n".join(f"  {k:38s} {v:5.1f} %" for k, v in result.items()), flush=True)
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="print what the prebuilt backbone can do")
+    parser.add_argument("--rebuild", action="store_true", help="train the backbone anew")
+    parser.add_argument("--steps", type=int, default=3000, help="steps of --rebuild")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the rows (or of --rebuild)")
+    parser.add_argument("--out", default=str(ROOT / "toy"), help="folder to write")
+    args = parser.parse_args()
+    out = Path(args.out)
+    if args.rebuild:
+        rebuild(out, args.steps, args.seed)
+    elif args.check:
+        check()
+    else:
+        start = time.time()
+        write_world(out, args.seed)
+        shutil.copytree(PREBUILT, out / "backbone", dirs_exist_ok=True)
+        print(f"wrote {out}/ in {time.time() - start:.0f} s: backbone/ and "
+              f"{', '.join(sorted(p.name for p in out.glob('*.jsonl')))}")
+
+
+if __name__ == "__main__":
+    main()
