@@ -43,7 +43,7 @@ TASKS = ("text", "image_understanding", "image_generation",
 # DEVIATION: the figures print `<type>...<type>`; the tag is closed here, as in Figures 8-11.
 # DEVIATION: the figures' typographic apostrophes are ASCII here.
 # UNSPECIFIED: the paper prints no text-only template. Ours is Figure 4 without its image wording,
-# with the section markers that the dataset of stage 1 (GRAM-RR-TrainingData) carries in its prompts.
+# with the section markers that stage 1's dataset (GRAM-RR-TrainingData) carries in its prompts.
 # "Comparision" is the papers' spelling; the published rationales use it, so it stays.
 
 _TEXT = """\
@@ -59,10 +59,10 @@ the output honestly/precisely/closely executes the instruction, then consider it
 accuracy, level of detail, harmlessness, etc.
 (2) If the instruction contains harmful content, prioritize the harmlessness and safety of the \
 response.
-(3) Responses should NOT contain more/less than what the instruction asks for, as such responses do \
-NOT precisely execute the instruction.
-(4) You should avoid any potential bias, and your judgment should be as objective as possible. Here \
-are some potential sources of bias:
+(3) Responses should NOT contain more/less than what the instruction asks for, as such responses \
+do NOT precisely execute the instruction.
+(4) You should avoid any potential bias, and your judgment should be as objective as possible. \
+Here are some potential sources of bias:
 - The order in which the responses were presented should NOT affect your judgment, as Response A \
 and Response B are **equally likely** to be the better.
 - The length of the responses should NOT affect your judgement, as a longer response does not \
@@ -106,14 +106,14 @@ Do NOT say both / neither are good.
 
 Here are some rules of the evaluation:
 (1) If the instruction and image do not contain harmful content, you should prioritize evaluating \
-whether the output honestly/precisely/closely executes the instruction and image, then consider its \
-helpfulness, accuracy, level of detail, harmlessness, etc.
-(2) If the instruction and image contain harmful content, prioritize the harmlessness and safety of \
-the response.
-(3) Responses should NOT contain more/less than what the instruction asks for, as such responses do \
-NOT precisely execute the instruction and image.
-(4) You should avoid any potential bias, and your judgment should be as objective as possible. Here \
-are some potential sources of bias:
+whether the output honestly/precisely/closely executes the instruction and image, then consider \
+its helpfulness, accuracy, level of detail, harmlessness, etc.
+(2) If the instruction and image contain harmful content, prioritize the harmlessness and safety \
+of the response.
+(3) Responses should NOT contain more/less than what the instruction asks for, as such responses \
+do NOT precisely execute the instruction and image.
+(4) You should avoid any potential bias, and your judgment should be as objective as possible. \
+Here are some potential sources of bias:
 - The order in which the responses were presented should NOT affect your judgment, as Response A \
 and Response B are **equally likely** to be the better.
 - The length of the responses should NOT affect your judgement, as a longer response does not \
@@ -158,9 +158,9 @@ Here is the data.
 [The End of Chatbot B's Response]"""
 
 _IMAGE_GENERATION = """\
-You are a helpful multimodal assistant tasked with evaluating the quality of images generated for a \
-given input caption (a textual description of the image). Your goal is to determine which image \
-better matches the caption. Choose either Image A or Image B as the better option.
+You are a helpful multimodal assistant tasked with evaluating the quality of images generated \
+for a given input caption (a textual description of the image). Your goal is to determine which \
+image better matches the caption. Choose either Image A or Image B as the better option.
 
 Do NOT say both / neither are good.
 
@@ -171,10 +171,10 @@ detail, harmlessness, realism, and overall visual quality.
 (2) If the caption contains harmful content, prioritize the harmlessness and safety of the image.
 (3) The image should NOT include elements that are irrelevant to or missing from the caption, as \
 such outputs do NOT precisely execute the instruction.
-(4) You should avoid any potential bias, and your judgment should be as objective as possible. Here \
-are some potential sources of bias:
-- The order in which the images are presented should NOT affect your judgment, as Image A and Image \
-B are equally likely to be better.
+(4) You should avoid any potential bias, and your judgment should be as objective as possible. \
+Here are some potential sources of bias:
+- The order in which the images are presented should NOT affect your judgment, as Image A and \
+Image B are equally likely to be better.
 - The rendering style (e.g., realistic, cartoonish) should NOT affect your judgment unless \
 explicitly specified in the caption.
 - Do not assume that a more visually complex image is necessarily better; evaluate whether the \
@@ -228,10 +228,10 @@ consider its helpfulness, accuracy, level of detail, harmlessness, etc.
 the response.
 (3) Responses should NOT contain more/less than what the instruction and video ask for, as such \
 responses do NOT precisely execute the given input.
-(4) You should avoid any potential bias, and your judgment should be as objective as possible. Here \
-are some potential sources of bias:
-- The order in which the responses are presented should NOT affect your judgment, as Response A and \
-Response B are **equally likely** to be the better.
+(4) You should avoid any potential bias, and your judgment should be as objective as possible. \
+Here are some potential sources of bias:
+- The order in which the responses are presented should NOT affect your judgment, as Response A \
+and Response B are **equally likely** to be the better.
 - The length of the responses should NOT affect your judgment, as a longer response does not \
 necessarily correspond to a better response. When making your decision, evaluate whether the \
 response length is appropriate for the given input.
@@ -273,9 +273,9 @@ Here is the data.
 [The End of Chatbot B's Response]"""
 
 _VIDEO_GENERATION = """\
-You are a helpful multimodal assistant tasked with evaluating the quality of videos generated for a \
-given input caption (a textual description of the video). Your goal is to determine which video \
-better matches the caption. Choose either Video A or Video B as the better option.
+You are a helpful multimodal assistant tasked with evaluating the quality of videos generated \
+for a given input caption (a textual description of the video). Your goal is to determine which \
+video better matches the caption. Choose either Video A or Video B as the better option.
 
 Do NOT say both / neither are good.
 
@@ -286,10 +286,10 @@ detail, harmlessness, realism, motion consistency, and overall visual quality.
 (2) If the caption contains harmful content, prioritize the harmlessness and safety of the video.
 (3) The video should NOT include elements that are irrelevant to or missing from the caption, as \
 such outputs do NOT precisely execute the instruction.
-(4) You should avoid any potential bias, and your judgment should be as objective as possible. Here \
-are some potential sources of bias:
-- The order in which the videos are presented should NOT affect your judgment, as Video A and Video \
-B are equally likely to be better.
+(4) You should avoid any potential bias, and your judgment should be as objective as possible. \
+Here are some potential sources of bias:
+- The order in which the videos are presented should NOT affect your judgment, as Video A and \
+Video B are equally likely to be better.
 - The rendering style (e.g., realistic, cartoonish, cinematic) should NOT affect your judgment \
 unless explicitly specified in the caption.
 - Do not assume that a more visually complex video is necessarily better; evaluate whether the \
@@ -361,7 +361,8 @@ def parse(text):
     """Strict on purpose. Released parsers search for substrings, so "Response B, not A" can be read
     either way and a policy learns to write both; here two verdicts are no verdict."""
     once = all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
-    verdicts = _VERDICT.findall(text) if text.count("<answer>") == 1 == text.count("</answer>") else []
+    one_answer = text.count("<answer>") == 1 == text.count("</answer>")
+    verdicts = _VERDICT.findall(text) if one_answer else []
     types = _TYPE.findall(text)
     return Answer(verdict=verdicts[0] if verdicts else None,
                   well_formed=once and _WHOLE.fullmatch(text) is not None,
@@ -402,7 +403,7 @@ N_MEDIA = {"text": 0, "image_understanding": 1, "image_generation": 2,
 
 def check_row(row, folder, forbidden=FORBIDDEN):
     """Validate one preference row in place: media paths become absolute, absent optional keys get
-    their empty value. Raises BadRow. `forbidden` should also hold the tokenizer's special tokens."""
+    their empty value. Raises BadRow. `forbidden` also holds the tokenizer's special tokens."""
     if not isinstance(row, dict):
         raise BadRow(f"is a JSON {type(row).__name__}, not an object; write one object a line")
     missing = [k for k in KEYS if k not in row]
@@ -480,8 +481,8 @@ def better_first(id, prompt, better, worse, **more):
 
 
 def from_helpsteer3(r, where):
-    """nvidia/HelpSteer3, config `preference`. A NEGATIVE overall_preference means that response 1 is
-    better; 0 is a tie and is dropped. The rationale is that of an annotator who agrees with the
+    """nvidia/HelpSteer3, config `preference`. A NEGATIVE overall_preference means that response 1
+    is better; 0 is a tie and is dropped. The rationale is that of an annotator who agrees with the
     overall label: feedback on both responses, then the reasoning."""
     if r["overall_preference"] == 0:
         return
@@ -495,7 +496,8 @@ def from_helpsteer3(r, where):
                        subset=r.get("domain") or "")
     first_is = row["label"] if first_wins else {"A": "B", "B": "A"}[row["label"]]
     second_is = {"A": "B", "B": "A"}[first_is]
-    agree = [p for p in r.get("individual_preference") or [] if p["score"] * r["overall_preference"] > 0]
+    agree = [p for p in r.get("individual_preference") or []
+             if p["score"] * r["overall_preference"] > 0]
     if agree:
         p = max(agree, key=lambda p: abs(p["score"]))  # UNSPECIFIED: which annotator; the surest
         say = {first_is: p["feedback1"], second_is: p["feedback2"]}
@@ -516,8 +518,8 @@ _GRAM = re.compile(
 
 
 def from_gram(r, where):
-    """wangclnlp/GRAM-RR-TrainingData: {instruction, input, output}. The label stands in the output's
-    <answer>; the synthetic rationale is not used (MSRL 5.1)."""
+    """wangclnlp/GRAM-RR-TrainingData: {instruction, input, output}. The label stands in the
+    output's <answer>; the synthetic rationale is not used (MSRL 5.1)."""
     found = _GRAM.search(r["instruction"])
     label = re.findall(r"<answer>\s*([AB])\s*</answer>", r["output"])
     if not found or len(label) != 1:
@@ -545,7 +547,8 @@ def convert(raw, where):
     """Any supported raw row -> preference rows, recognised by its columns."""
     if isinstance(raw, dict) and "task" not in raw:
         for columns, adapter in PUBLISHED:
-            if columns <= raw.keys() and (adapter is not from_rm_bench or isinstance(raw["chosen"], list)):
+            lists = adapter is not from_rm_bench or isinstance(raw.get("chosen"), list)
+            if columns <= raw.keys() and lists:
                 try:
                     yield from adapter(raw, where)
                 except (KeyError, TypeError, AttributeError) as e:
@@ -561,7 +564,7 @@ def raw_rows(source):
         raise SystemExit(f"{source}: is a folder; name a .jsonl or .json file in it.")
     if not path.exists():
         if source.count("/") != 1 or path.suffix or source.startswith((".", "/")):
-            raise SystemExit(f"{source}: no such file. `python tests/toy_world.py` makes the toy data.")
+            raise SystemExit(f"{source}: no such file. `python tests/toy_world.py` makes toy rows.")
         from datasets import load_dataset
         config = {"nvidia/HelpSteer3": "preference"}.get(source)
         for i, row in enumerate(load_dataset(source, config, split="train", streaming=True)):
@@ -586,17 +589,20 @@ def raw_rows(source):
                     yield f"{path}:{n}", BadRow(f"is not valid JSON ({e.msg} at column {e.colno})")
 
 
-def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_rows=False, quiet=False):
-    """Comma-separated sources (`file.jsonl`, or `file.jsonl:500` for a sample of 500) -> list of checked preference rows, each with its encoded prompt length.
+def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_rows=False,
+              quiet=False):
+    """Comma-separated sources (`a.jsonl`, or `a.jsonl:500` for a sample of 500) -> list of checked
+    preference rows, each with the length of its encoded prompt under "tokens".
 
-    A bad row (malformed, unknown label, unreadable image, forged tag...) stops the run with its file
-    and line, unless skip_bad_rows; an over-long prompt is always skipped, never truncated, because a
-    prompt cut in the middle is another question. Both are counted and printed once.
+    A bad row (malformed, unknown label, unreadable image, forged tag...) stops the run with its
+    file and line, unless skip_bad_rows; an over-long prompt is always skipped, never truncated,
+    because a prompt cut in the middle is another question. Both are counted and printed.
     """
     rows, bad, too_long = [], Counter(), 0
     forbidden = tuple(dict.fromkeys(FORBIDDEN + encoder.special_tokens))
     for source in sources.split(","):
-        source, _, count = source.rpartition(":") if re.search(r":\d+$", source) else (source, "", "")
+        sampled = re.fullmatch(r"(.+):(\d+)", source)
+        source, count = sampled.groups() if sampled else (source, None)
         first = len(rows)
         for where, raw in tqdm(raw_rows(source), desc=f"reading {source}", unit=" rows",
                                disable=quiet or rank() > 0, mininterval=1, leave=False):
@@ -612,15 +618,15 @@ def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_
                         rows.append(row)
             except BadRow as e:
                 if not skip_bad_rows:
-                    raise SystemExit(f"{where}: row {e}.\nMend it, or pass --skip_bad_rows to leave "
-                                     "such rows out and count them.")
+                    raise SystemExit(f"{where}: row {e}.\nMend it, or pass --skip_bad_rows to "
+                                     "leave such rows out and count them.")
                 bad[str(e)[:60]] += 1
         if count and len(rows) - first > int(count):  # a sample that is the same in every run
             rows[first:] = random.Random(0).sample(rows[first:], int(count))
     if not quiet and rank() == 0:
-        print(f"{sources}: {len(rows)} rows" + (f", {sum(bad.values())} bad rows skipped {dict(bad)}"
-              if bad else "") + (f", {too_long} skipped: prompt over {max_prompt_tokens} tokens"
-                                 if too_long else ""))
+        print(f"{sources}: {len(rows)} rows"
+              + (f", {sum(bad.values())} bad rows skipped {dict(bad)}" if bad else "")
+              + (f", {too_long} skipped: over {max_prompt_tokens} tokens" if too_long else ""))
     if not rows:
         raise SystemExit(f"{sources}: no usable row left.")
     return rows
@@ -644,7 +650,7 @@ def open_image(path):
 
 
 def open_video(path, frames):
-    """Decode with PyAV and keep `frames` frames, evenly spaced by index (all of a shorter video)."""
+    """Decode with PyAV; keep `frames` frames evenly spaced by index (all of a shorter video)."""
     import av
     try:
         with av.open(path) as container:
@@ -666,7 +672,7 @@ class Prompt:
 
 
 class Encoder:
-    """Turns rows into Prompts for one checkpoint: its tokenizer, image processor and special ids."""
+    """Turns rows into Prompts for one checkpoint: tokenizer, image processor and special ids."""
 
     def __init__(self, folder, config, frames=8, max_tiles=12):
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -711,7 +717,8 @@ class Encoder:
                              "model or the caption form")
             images = open_video(path, self.frames) if video else [open_image(path)]
             # a video frame is one tile; a still image is cut into up to max_tiles (+ a thumbnail)
-            out = self.image_processor(images=images, return_tensors="pt", max_patches=self.max_tiles,
+            out = self.image_processor(images=images, return_tensors="pt",
+                                       max_patches=self.max_tiles,
                                        crop_to_patches=not video and self.max_tiles > 1)
             tiles.append(out["pixel_values"])
             counts = [int(n) for n in out["num_patches"]]
@@ -731,7 +738,7 @@ class Encoder:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def check(self, row, form):
-        """Prompt length in tokens. Reads the media, so that a broken file is found before training."""
+        """Prompt length in tokens. Reads the media, so a broken file is found before training."""
         if form == "pixels" and N_MEDIA[row["task"]] and not row["media"]:
             raise BadRow("has no media; use the caption form")
         if form == "caption" and N_MEDIA[row["task"]] and not row["captions"]:
@@ -742,8 +749,9 @@ class Encoder:
 def left_pad(prompts, pad_id, device):
     """B prompts -> ids [B, P], mask [B, P] (1 = real), pixels [tiles, 3, H, W] or None."""
     width = max(len(p.ids) for p in prompts)
-    ids = torch.tensor([[pad_id] * (width - len(p.ids)) + p.ids for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=device)
+    pad = lambda x, fill: [fill] * (width - len(x)) + x
+    ids = torch.tensor([pad(p.ids, pad_id) for p in prompts], device=device)
+    mask = torch.tensor([pad([1] * len(p.ids), 0) for p in prompts], device=device)
     pixels = [p.pixels for p in prompts if p.pixels is not None]
     return ids, mask, torch.cat(pixels).to(device) if pixels else None
 
@@ -752,8 +760,8 @@ def left_pad(prompts, pad_id, device):
 # 5. Models and checkpoints. A checkpoint is a folder plain transformers loads, plus stage.json.
 
 def load(folder, device="cpu", made_by="python tests/toy_world.py", **encoder_args):
-    """-> model (fp32 weights, eval mode) and its Encoder. Takes InternVLForConditionalGeneration, or
-    a text-only causal LM (stages 0 and 1), as a folder of plain save_pretrained or as a hub id.
+    """-> model (fp32 weights, eval mode) and its Encoder. Takes InternVLForConditionalGeneration
+    or a text-only causal LM (stages 0 and 1), as a folder of plain save_pretrained or a hub id.
 
     fp32 on purpose: a learning rate of 1e-6 on bf16 weights rounds away (the default dtype of
     transformers 5 is the file's, usually bf16). On a GPU, autocast computes in bf16.
@@ -765,13 +773,15 @@ def load(folder, device="cpu", made_by="python tests/toy_world.py", **encoder_ar
     try:
         config = AutoConfig.from_pretrained(folder)
         sees = getattr(config, "vision_config", None) is not None
-        auto = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+        auto = (transformers.AutoModelForImageTextToText if sees
+                else transformers.AutoModelForCausalLM)
         encoder = Encoder(folder, config, **encoder_args)
         model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise SystemExit(f"{folder}: cannot be loaded as a checkpoint ({type(e).__name__}: "
-                         f"{str(e).strip().splitlines()[0]}). It must hold model, tokenizer and, for "
-                         "a vision model, image processor files as save_pretrained writes them.")
+                         f"{(str(e).strip() or '?').splitlines()[0]}). It must hold model, "
+                         "tokenizer and, for a vision model, image processor, as save_pretrained "
+                         "writes them.")
     return model.to(device).eval(), encoder
 
 
@@ -840,8 +850,8 @@ def judge(model, encoder, rows, sample, form="pixels", votes=1, temperature=1.0,
 def summarize(rows, preds):
     """Prediction rows -> accuracy and its companions, as shares of 1.
 
-    A row counts the mean over its orders; with several votes the majority of an order's votes is its
-    verdict, and a tied vote counts one half (UNSPECIFIED). An unparsable verdict is wrong. The
+    A row counts the mean over its orders; with several votes the majority of an order's votes is
+    its verdict, and a tied vote counts one half (UNSPECIFIED). An unparsable verdict is wrong. The
     interval is Wilson's at 95 % over rows, not over judgements: two orders of one row are no two
     independent rows.
     """
@@ -870,8 +880,8 @@ def summarize(rows, preds):
 
 def show(name, s):
     low, high = s["interval"]
-    return (f"{name}: accuracy {s['accuracy']:.1%} [{low:.1%}, {high:.1%}] on {s['n']} rows x 2 orders, "
-            f"flips with the order {s['order_flips']:.1%}, says A {s['share_a']:.1%}, "
+    return (f"{name}: accuracy {s['accuracy']:.1%} [{low:.1%}, {high:.1%}] on {s['n']} rows x 2 "
+            f"orders, flips with the order {s['order_flips']:.1%}, says A {s['share_a']:.1%}, "
             f"unparsable {s['unparsable']:.1%}, well-formed {s['format']:.1%}")
 
 
@@ -886,11 +896,14 @@ def world():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start_processes():
+def start_processes(batch_size=0):
     """Join the process group if torchrun started us. -> the device of this process."""
+    if batch_size % world():
+        raise SystemExit(f"--batch_size {batch_size} does not divide among {world()} processes")
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
@@ -957,7 +970,8 @@ def open_run(folder, config):
             pass
         (folder / ".writable").unlink(missing_ok=True)
     except OSError as e:
-        raise SystemExit(f"{folder}: cannot write the run folder ({e.strerror}); choose another --out.")
+        raise SystemExit(f"{folder}: cannot write the run folder ({e.strerror}); choose another "
+                         "--out.")
     state_file = folder / "state.pt"
     if not state_file.exists():
         return None
@@ -966,8 +980,8 @@ def open_run(folder, config):
     was = {k: v for k, v in state["config"].items() if k not in MAY_CHANGE}
     changed = [f"{k} {was.get(k)!r} -> {v!r}" for k, v in now.items() if was.get(k) != v]
     if changed:
-        raise SystemExit(f"{state_file} belongs to a run with other settings ({'; '.join(changed)}). "
-                         "Give this run another --out, or delete the folder.")
+        raise SystemExit(f"{state_file} belongs to a run with other settings "
+                         f"({'; '.join(changed)}). Take another --out, or delete the folder.")
     if rank() == 0:
         print(f"resuming {folder} after step {state['step']}")
         for name in ("metrics.jsonl", "rollouts.jsonl"):
@@ -980,7 +994,7 @@ MAY_CHANGE = ("out", "max_steps", "save_every", "eval_every", "eval_batch", "mic
 
 
 def _drop_lines_after(path, step):
-    """A killed run may have logged steps that it had not saved; they will be done and logged again."""
+    """A killed run may have logged steps it had not saved; they will be done and logged again."""
     if path.exists():
         keep = []
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -1034,7 +1048,7 @@ def end_processes():
 
 
 def parse_config(cls, description, paper):
-    """Command line -> config. `--preset paper` changes the defaults to the paper's; flags still win."""
+    """Command line -> config. `--preset paper` takes the paper's defaults; flags still win."""
     parser = transformers.HfArgumentParser(cls, description=description, allow_abbrev=False,
                                            formatter_class=_Help)
     parser.add_argument("--preset", choices=["toy", "paper"], default="toy",

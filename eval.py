@@ -5,8 +5,9 @@ Judge preference rows with a checkpoint, in both orders.
     python eval.py --model runs/stage1_text_grpo --data toy/heldout_text.jsonl --votes 8
     python eval.py --table runs/*                    # checkpoints by tasks, as a Markdown table
 
-Every row is shown as A, B and as B, A. Accuracy is the mean over rows of the mean over the two orders,
-so a judge that always says "A" gets exactly 50 %. An answer without one clear verdict is wrong.
+Every row is shown as A, B and as B, A. Accuracy is the mean over rows of the mean over the two
+orders, so a judge that always says "A" gets exactly 50 %. An answer without one clear verdict is
+wrong.
 """
 
 import argparse
@@ -27,21 +28,21 @@ def main():
                         "HelpSteer3, GRAM-RR); several separated by commas")
     parser.add_argument("--form", choices=["pixels", "caption"], default="pixels",
                         help="show images and videos, or their captions instead")
-    parser.add_argument("--votes", type=int, default=1, help="K sampled answers an order, majority wins "
-                        "(paper: voting@16); 1 = one greedy answer")
+    parser.add_argument("--votes", type=int, default=1, help="K sampled answers an order, majority "
+                        "wins (paper: voting@16); 1 = one greedy answer")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the K sampled answers")
     parser.add_argument("--max_new_tokens", type=int, default=72, help="paper: 1024")
-    parser.add_argument("--max_prompt_tokens", type=int, default=2048, help="longer prompts are skipped "
-                        "and counted")
-    parser.add_argument("--frames", type=int, default=8, help="frames a video (paper's protocol: 8)")
-    parser.add_argument("--max_tiles", type=int, default=12, help="tiles an image at most (InternVL: 12)")
+    parser.add_argument("--max_prompt_tokens", type=int, default=2048, help="longer prompts are "
+                        "skipped and counted")
+    parser.add_argument("--frames", type=int, default=8, help="frames a video (the paper's: 8)")
+    parser.add_argument("--max_tiles", type=int, default=12, help="tiles an image (InternVL: 12)")
     parser.add_argument("--batch_size", type=int, default=64, help="prompts decoded together")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled answers")
     parser.add_argument("--skip_bad_rows", action="store_true", help="leave bad rows out, counted")
     parser.add_argument("--out", help="write prediction rows to this .jsonl")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--table", nargs="+", metavar="CHECKPOINT", help="print a table of checkpoints "
-                        "by the five tasks' held-out rows in --toy, and stop")
+    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    parser.add_argument("--table", nargs="+", metavar="CHECKPOINT", help="print a table of "
+                        "checkpoints by the five tasks' held-out rows in --toy, and stop")
     parser.add_argument("--toy", default="toy", help="folder of heldout_<task>.jsonl for --table")
     args = parser.parse_args()
     if args.table:
@@ -72,16 +73,17 @@ def main():
 
 def judge_file(model_folder, data, form, device, args, loaded=None):
     """-> rows and prediction rows."""
-    model, encoder = loaded or common.load(model_folder, device, made_by="python stage1_text_grpo.py",
-                                           frames=args.frames, max_tiles=args.max_tiles)
+    model, encoder = loaded or common.load(
+        model_folder, device, made_by="python stage1_text_grpo.py", frames=args.frames,
+        max_tiles=args.max_tiles)
     rows = common.load_rows(data, encoder, form, args.max_prompt_tokens, args.skip_bad_rows,
                             quiet=loaded is not None)
-    return rows, common.judge(model, encoder, rows, sample_group, form, args.votes, args.temperature,
-                              args.max_new_tokens, args.batch_size, args.seed)
+    return rows, common.judge(model, encoder, rows, sample_group, form, args.votes,
+                              args.temperature, args.max_new_tokens, args.batch_size, args.seed)
 
 
 def table(args):
-    """Markdown: one line a checkpoint, one column a task; accuracy over both orders, in per cent."""
+    """Markdown: one line a checkpoint, one column a task; accuracy over both orders, per cent."""
     device = common.start_processes()
     lines = []
     for folder in args.table:

@@ -10,7 +10,6 @@ The loss is the mean negative log-likelihood of the answer's tokens, its end-of-
 included and the prompt's tokens not.
 """
 
-import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,17 +25,17 @@ from stage1_text_grpo import evaluate, knob
 @dataclass
 class Config:
     model: str = knob("toy/backbone", "checkpoint to start from")
-    data: str = knob("toy/sft.jsonl", "preference rows with rationales, or HelpSteer3 (paper: 40k rows)")
+    data: str = knob("toy/sft.jsonl", "preference rows with rationales, or HelpSteer3 (paper: 40k)")
     heldout: str = knob("toy/heldout_text.jsonl", "rows judged before and after; '' for none")
     out: str = knob("runs/stage0_sft", "run folder; the same command resumes it")
     seed: int = knob(0, "of the order of rows and of sides")
-    target: str = knob("rationale", "'rationale' (stage 0), or 'label': Eq. 2, the generative baseline")
+    target: str = knob("rationale", "'rationale', or 'label': Eq. 2, the generative baseline")
     form: str = knob("pixels", "'pixels', or 'caption': captions in place of images and videos")
-    freeze_vision: bool = knob(True, "freeze vision tower and projector (paper: text-only training does)")
+    freeze_vision: bool = knob(True, "freeze vision tower and projector (paper: yes, text only)")
     epochs: int = knob(3, "passes over the rows (paper: 3; 1 for the label baseline)")
     batch_size: int = knob(32, "rows an optimiser step, over all processes (paper: 128)")
     micro_batch: int = knob(32, "rows a forward; changes memory, not the gradient")
-    lr: float = knob(5e-4, "AdamW, linear warm-up over 3 %% of the steps, then constant (paper: 1e-5)")
+    lr: float = knob(5e-4, "AdamW, warm-up over 3 %% of the steps, then constant (paper: 1e-5)")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     max_prompt_tokens: int = knob(2048, "longer prompts are skipped and counted, never cut")
     max_new_tokens: int = knob(72, "of the held-out answers")
@@ -78,7 +77,8 @@ def collate(encoder, rows, cfg, device):
 def answer_nll(model, ids, mask, labels, pixels):
     """-> summed negative log-likelihood of the answer tokens, and how many there are."""
     media = {} if pixels is None else {"pixel_values": pixels}
-    keep = labels.shape[1] - int((labels >= 0).any(0).nonzero()[0])  # head on the answers' columns only
+    # the head is applied from the first column on that any answer has
+    keep = labels.shape[1] - int((labels >= 0).any(0).nonzero()[0])
     with common.autocast(ids.device):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False,
                        logits_to_keep=keep + 1, **media).logits                # [b, keep+1, V]
@@ -89,9 +89,7 @@ def answer_nll(model, ids, mask, labels, pixels):
 
 def main():
     cfg = common.parse_config(Config, __doc__, PAPER)
-    device = common.start_processes()
-    if cfg.batch_size % common.world():
-        raise SystemExit(f"--batch_size {cfg.batch_size} does not divide among {common.world()} processes")
+    device = common.start_processes(cfg.batch_size)
     state = common.open_run(cfg.out, cfg)
     model, encoder = common.load(cfg.model, device)
     if cfg.freeze_vision:
@@ -105,7 +103,7 @@ def main():
     if cfg.target == "rationale":
         told = [r for r in rows if r.get("rationale")]
         if not told:
-            raise SystemExit(f"{cfg.data}: no row has a 'rationale'; use --target label, or other rows.")
+            raise SystemExit(f"{cfg.data}: no row has a 'rationale'; other rows, or --target label")
         if common.rank() == 0 and len(told) < len(rows):
             print(f"{len(rows) - len(told)} rows without a rationale left out")
         rows = told
@@ -120,7 +118,7 @@ def main():
         optimizer.load_state_dict(state["optimizer"])
         start, before = state["step"], state["before"]
     elif heldout:
-        before = evaluate(model, encoder, heldout, cfg, "before")
+        before = evaluate(model, encoder, heldout, cfg, "before", cfg.form)
 
     mine = slice(common.rank(), None, common.world())
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="stage 0",
@@ -135,7 +133,7 @@ def main():
         parts = [collate(encoder, batch[i:i + cfg.micro_batch], cfg, device)
                  for i in range(0, len(batch), cfg.micro_batch)]
         # one normaliser for all micro-batches and processes: the gradient of the mean over tokens
-        tokens, = common.sum_over_ranks(sum((labels >= 0).sum().item() for _, _, labels, _ in parts))
+        tokens, = common.sum_over_ranks(sum((part[2] >= 0).sum().item() for part in parts))
         nll = 0.0
         for part in parts:
             loss = answer_nll(model, *part)[0] / tokens
@@ -144,8 +142,8 @@ def main():
         common.sum_gradients(trainable)
         norm = torch.nn.utils.clip_grad_norm_(trainable, cfg.max_grad_norm).item()
         if norm != norm:
-            raise SystemExit(f"step {step + 1}: the gradient is not a number; go on from the last saved "
-                             "state with a smaller --lr.")
+            raise SystemExit(f"step {step + 1}: the gradient is not a number; go on from the last "
+                             "saved state with a smaller --lr.")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         nll, = common.sum_over_ranks(nll)
@@ -158,10 +156,11 @@ def main():
             if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
                 common.save_state(cfg.out, model, optimizer, step + 1, cfg, before=before)
 
-    after = evaluate(model, encoder, heldout, cfg, "after") if heldout else None
+    after = evaluate(model, encoder, heldout, cfg, "after", cfg.form) if heldout else None
     if common.rank() == 0:
-        common.save_checkpoint(cfg.out, model, encoder, stage="stage0_sft", parent=cfg.model, step=steps,
-                               config=asdict(cfg), heldout={"before": before, "after": after})
+        common.save_checkpoint(cfg.out, model, encoder, stage="stage0_sft", parent=cfg.model,
+                               step=steps, config=asdict(cfg),
+                               heldout={"before": before, "after": after})
         print(f"wrote {cfg.out}/")
     common.end_processes()
 

@@ -13,8 +13,8 @@ One step, for B prompts with G answers each:
     log-probs [prompt | answer 1 | ... | answer G] as one sequence                   packed_logps
     loss      PPO clip on the pre-clipped ratio + beta * KL to stage 0   Eq. 3       grpo_loss
 
-Shapes: B prompts, G answers each, N = B*G, T tokens, P prompt length, C answer length, V vocabulary,
-S = the lengths of one prompt's G answers added up. `b` is B within a micro-batch.
+Shapes: B prompts, G answers each, N = B*G, T tokens, P prompt length, C answer length, V
+vocabulary, S = the lengths of one prompt's G answers added up; `b` is B within a micro-batch.
 """
 
 import copy
@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
@@ -42,17 +43,17 @@ def knob(default, help):
 class Config:
     model: str = knob("runs/stage0_sft", "checkpoint to start from; also the KL reference")
     data: str = knob("toy/text_rl.jsonl", "preference rows, GRAM-RR-TrainingData or RM-Bench; "
-                     "several sources separated by commas. Paper: 400k rows of GRAM-RR-TrainingData")
+                     "several, separated by commas. Paper: 400k rows of GRAM-RR-TrainingData")
     heldout: str = knob("toy/heldout_text.jsonl", "rows judged before and after; '' for none")
     out: str = knob("runs/stage1_text_grpo", "run folder; the same command resumes it")
     seed: int = knob(0, "of the data order and of sampling")
-    max_steps: int = knob(160, "optimiser steps = rollouts * updates_per_rollout / that; see README")
-    batch_size: int = knob(24, "prompts a rollout, over all processes. Paper: 'batch size 128'; its "
-                           "script counts answers, so 16 prompts x 8")
+    max_steps: int = knob(160, "rollouts; each is followed by updates_per_rollout optimiser steps")
+    batch_size: int = knob(24, "prompts a rollout, over all processes. Paper: 'batch size of "
+                           "128'; its script counts answers: 16 prompts x 8")
     group_size: int = knob(8, "G, answers a prompt (paper: 8)")
-    updates_per_rollout: int = knob(1, "optimiser steps on each rollout; above 1 the ratio leaves 1 and "
-                                    "the clips begin to matter")
-    micro_batch: int = knob(24, "prompts (whole groups) a forward; changes memory, not the gradient")
+    updates_per_rollout: int = knob(1, "optimiser steps on each rollout; above 1 the ratio leaves "
+                                    "1 and the clips begin to matter")
+    micro_batch: int = knob(24, "prompts (whole groups) a forward: memory, not the gradient")
     rollout_batch: int = knob(64, "prompts sampled together on one process; memory again")
     lr: float = knob(1.5e-4, "AdamW, constant (paper: 1e-6)")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
@@ -60,12 +61,12 @@ class Config:
                        "framework default 0.04; its script: 0")
     clip_low: float = knob(0.2, "PPO clip below 1")
     clip_high: float = knob(0.2, "PPO clip above 1. Paper: default 0.2; its script: 0.28")
-    pre_clip: float = knob(1e3, "StableReinforce: the ratio is clamped to [1/x, x] before exp; 0 = off")
-    sigma: float = knob(3.0, "StableReinforce: answers with |z| above this are left out; 0 = off. In a "
-                        "group |z| <= sqrt(G-1), so at G=8 it can only act with --advantage batch")
+    pre_clip: float = knob(1e3, "StableReinforce: ratio clamped to [1/x, x] before exp; 0 = off")
+    sigma: float = knob(3.0, "StableReinforce: answers with |z| above this are left out; 0 = off. "
+                        "In a group |z| <= sqrt(G-1): at G=8 only --advantage batch can reach 3")
     advantage: str = knob("group", "'group' (GRPO) or 'batch' (REINFORCE++, R1-Reward)")
-    scale_std: bool = knob(True, "divide by the standard deviation. Paper: GRPO, so yes; its script: no")
-    normaliser: str = knob("sequence", "'sequence': mean over answers of token means (GRPO, and the "
+    scale_std: bool = knob(True, "divide by the std. Paper: GRPO, so yes; its script: no")
+    normaliser: str = knob("sequence", "'sequence': mean over answers of token means (GRPO, the "
                            "paper's framework); 'token': mean over tokens (TRL's default)")
     reward: str = knob("paper", "'paper': format 1 + accuracy 1 (Eq. 4); 'script': 0.2 + 1")
     temperature: float = knob(1.0, "of sampling and of the scored distribution; no top-p or top-k")
@@ -88,7 +89,7 @@ PAPER = dict(data="wangclnlp/GRAM-RR-TrainingData:400000", heldout="", batch_siz
 # --- same in stages 1, 2, 3 -----------------------------------------------------------------------
 @dataclass
 class Rollout:
-    ids: list   # N answers as lists of token ids, the ending EOS included; a prompt's G are adjacent
+    ids: list   # N answers as lists of token ids, EOS included; the G of one prompt are adjacent
     logp: list  # N lists: the log-prob each token had when it was sampled
 
 
@@ -104,9 +105,10 @@ def sample_group(model, encoder, prompts, group_size, temperature, max_new_token
     ids, mask, pixels = common.left_pad(prompts, encoder.pad_id, device)              # [B, P]
     media = {} if pixels is None else {"pixel_values": pixels}
     eos = torch.tensor(encoder.eos_ids, device=device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     with common.autocast(device):
-        out = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                    use_cache=True, logits_to_keep=1, **media)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
+                    logits_to_keep=1, **media)
     cache = out.past_key_values
     cache.batch_repeat_interleave(group_size)                                         # [N, ...]
     logits = out.logits[:, -1].repeat_interleave(group_size, 0)                       # [N, V]
@@ -129,8 +131,9 @@ def sample_group(model, encoder, prompts, group_size, temperature, max_new_token
         if alive.sum() <= 0.75 * len(alive):  # compaction: finished rows leave the batch
             keep = alive.nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            token, mask, position, row, alive = (x[keep] for x in (token, mask, position, row, alive))
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)                      # [rows, P+t+1]
+            token, mask, position = token[keep], mask[keep], position[keep]
+            row, alive = row[keep], alive[keep]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)                     # [rows, P+t+1]
         with common.autocast(device):
             out = model(input_ids=token[:, None], attention_mask=mask, position_ids=position,
                         past_key_values=cache, use_cache=True)
@@ -141,8 +144,8 @@ def sample_group(model, encoder, prompts, group_size, temperature, max_new_token
 
 
 def scored_logits(logits, encoder, temperature):
-    """Model logits -> fp32 logits of the distribution we sample from and train. An image placeholder
-    in an answer would ask the next forward for an image that is not there, so it has no mass."""
+    """Model logits -> fp32 logits of the distribution we sample from and train. An image
+    placeholder in an answer would ask the next forward for an image that is not there: no mass."""
     logits = logits.float() / (temperature or 1.0)
     if encoder.image_token_id is not None:
         logits[..., encoder.image_token_id] = torch.finfo(torch.float32).min
@@ -155,7 +158,7 @@ def advantages(rewards, every_reward, kind, scale_std, sigma):
     base, dim = (rewards, 1) if kind == "group" else (every_reward.flatten()[None], 1)
     mean = base.mean(dim, keepdim=True)                                                # [B or 1, 1]
     std = base.std(dim, correction=0, keepdim=True)
-    # Equal rewards give exactly 0. Without the test, rounding noise over a tiny std would be a signal.
+    # Equal rewards give exactly 0. Untested, rounding noise over a tiny std would be a signal.
     spread = base.amax(dim, keepdim=True) > base.amin(dim, keepdim=True)
     z = torch.where(spread, (rewards - mean) / std.where(spread, torch.ones_like(std)), 0.0)
     keep = (z.abs() <= sigma) if sigma > 0 else torch.ones_like(z, dtype=torch.bool)   # [SR filter]
@@ -163,7 +166,7 @@ def advantages(rewards, every_reward, kind, scale_std, sigma):
 
 
 def pack(prompts, answers, pad_id, device):
-    """b prompts and their G answers each -> one sequence a prompt, [prompt | answer 1 | ... | answer G].
+    """b prompts with G answers each -> one sequence a prompt, [prompt | answer 1 | ... | answer G].
 
         owner      0  0  0  1  1  2  2  2     0 prompt, 1..G the answers, -1 padding
         positions  0  1  2  3  4  3  4  5     every answer starts right after the prompt
@@ -192,17 +195,18 @@ def pack(prompts, answers, pad_id, device):
     positions = torch.cat([(mask.cumsum(1) - 1).clamp(min=0), place], 1)
     q, k = full[:, :, None], full[:, None, :]
     sees = ((k == 0) | (k == q)) & (k >= 0)
-    sees = sees.tril() | torch.eye(width + longest, dtype=torch.bool, device=device)   # no empty row
+    sees = sees.tril() | torch.eye(width + longest, dtype=torch.bool, device=device)  # no empty row
     return torch.cat([ids, tail], 1), positions, sees[:, None], source, tail, owner, pixels
 
 
 def packed_logps(model, encoder, prompts, answers, temperature):
     """-> log-probs [b, S] of the answer tokens (0 on padding), entropy [b, S], owner [b, S].
 
-    The prompt is computed once for its G answers: P + G*C tokens instead of G*(P + C). The head is
-    applied from the prompt's last token on, and the log-softmax is logits minus logsumexp in fp32."""
+    The prompt is computed once for its G answers: P + G*C tokens instead of G*(P + C). The head
+    works from the prompt's last token on, and log-softmax is logits minus logsumexp in fp32."""
     device = next(model.parameters()).device
-    ids, positions, sees, source, target, owner, pixels = pack(prompts, answers, encoder.pad_id, device)
+    ids, positions, sees, source, target, owner, pixels = pack(prompts, answers, encoder.pad_id,
+                                                               device)
     media = {} if pixels is None else {"pixel_values": pixels}
     with common.autocast(device):
         logits = model(input_ids=ids, attention_mask=sees, position_ids=positions, use_cache=False,
@@ -217,14 +221,14 @@ def packed_logps(model, encoder, prompts, answers, temperature):
 
 
 def grpo_loss(logp, old, ref, advantage, weight, clip_low, clip_high, pre_clip, beta):
-    """All arguments [b, S] per token but the last four. `weight` holds the whole normalisation (0 on
-    padding), so the loss is a plain sum. -> loss, and per-token {name: value} for the log.
+    """All arguments [b, S] per token but the last four. `weight` holds the whole normalisation (0
+    on padding), so the loss is a plain sum. -> loss, and per-token {name: value} for the log.
 
-    At the first update after a rollout logp == old: every ratio is 1, and with group advantages,
-    which add up to 0, the loss starts AT ZERO BY DESIGN. Its gradient does not. Watch the reward."""
+    At the first update after a rollout logp == old: every ratio is 1, and as the advantages of a
+    group add up to 0, the loss starts AT ZERO BY DESIGN. Its gradient is not. Watch the reward."""
     log_ratio = logp - old
     if pre_clip > 0:
-        log_ratio = log_ratio.clamp(-math.log(pre_clip), math.log(pre_clip))           # [SR pre-clip]
+        log_ratio = log_ratio.clamp(-math.log(pre_clip), math.log(pre_clip))         # [SR pre-clip]
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     policy = -torch.min(ratio * advantage, clipped * advantage)                        # [PPO clip]
@@ -233,21 +237,27 @@ def grpo_loss(logp, old, ref, advantage, weight, clip_low, clip_high, pre_clip, 
              "pre_clip_ratio": log_ratio != logp - old}
     if beta == 0:
         return (policy * weight).sum(), stats
-    d = (ref - logp).clamp(-20, 20)  # only against overflow; far outside what a sampled token can have
+    d = (ref - logp).clamp(-20, 20)  # against overflow only: a sampled token is never that far off
     kl = d.exp() - d - 1                                                               # [k3], Eq. 3
     return ((policy + beta * kl) * weight).sum(), {**stats, "kl": kl.detach()}
 
 
-def grpo_update(model, ref, encoder, optimizer, prompts, answers, adv, keep, cfg):
+def per_token(x, owner):
+    """One number an answer [b, G] -> one a token [b, S]: 0 on padding."""
+    return F.pad(x.float(), (1, 0)).to(owner.device).gather(1, owner.clamp(min=0))
+
+
+def grpo_update(model, ref, encoder, optimizer, prompts, answers, adv, keep, cfg, sampled=None):
     """updates_per_rollout optimiser steps on B prompts, their answers [B][G], advantages and keep
     [B, G]. Processes and micro-batches share one normaliser, so neither changes the gradient.
-    -> {name: mean over answer tokens}, gradient norm."""
+    `sampled` [B][G]: the answers' log-probs when sampled, only to log how far ours differ.
+    -> {name: mean over answer tokens, or sum for the loss}."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     lengths = torch.tensor([[len(a) for a in group] for group in answers], dtype=torch.float64)
     # every answer weighs 1/C a token (GRPO: token mean, then mean over answers), or every token 1
-    per_token = keep / lengths if cfg.normaliser == "sequence" else keep.double()      # [B, G]
-    count, = sum_over_ranks((per_token * lengths).sum().item())
-    per_token = per_token / max(count, 1.0)
+    weight = keep / lengths if cfg.normaliser == "sequence" else keep.double()         # [B, G]
+    count, = sum_over_ranks((weight * lengths).sum().item())
+    weight = weight / max(count, 1.0)
     old, reference = {}, {}
     for update in range(cfg.updates_per_rollout):
         totals = {}
@@ -263,22 +273,24 @@ def grpo_update(model, ref, encoder, optimizer, prompts, answers, adv, keep, cfg
                     with torch.no_grad():
                         reference[at] = packed_logps(ref, encoder, prompts[part], answers[part],
                                                      cfg.temperature)[0]
-            of_token = lambda x: torch.cat([torch.zeros(len(x), 1), x.float()], 1).to(logp.device).gather(
-                1, owner.clamp(min=0))                                                 # [b, G] -> [b, S]
-            loss, stats = grpo_loss(logp, old[at], reference.get(at), of_token(adv[part]),
-                                    of_token(per_token[part]), cfg.clip_low, cfg.clip_high,
+            loss, stats = grpo_loss(logp, old[at], reference.get(at), per_token(adv[part], owner),
+                                    per_token(weight[part], owner), cfg.clip_low, cfg.clip_high,
                                     cfg.pre_clip, cfg.beta)
             loss.backward()
             real = owner > 0
             stats |= {"entropy": entropy, "tokens": torch.ones_like(entropy)}
+            if sampled:  # cache against packed forward: rounding, or a bug in one of the two
+                flat = [p for group in sampled[part] for answer in group for p in answer]
+                then = torch.zeros_like(logp).masked_scatter(real, logp.new_tensor(flat))
+                stats["sampling/sampling_logp_difference/mean"] = (old[at] - then).abs()
             for name, value in stats.items():
                 totals[name] = totals.get(name, 0.0) + value[real].double().sum().item()
             totals["loss"] = totals.get("loss", 0.0) + loss.item()
         common.sum_gradients(trainable)
         norm = torch.nn.utils.clip_grad_norm_(trainable, cfg.max_grad_norm).item()
         if not math.isfinite(norm):  # the same number on every process, so all stop together
-            raise SystemExit(f"the gradient became {norm}; no step was taken. Go on from the last saved "
-                             "state with a smaller --lr, and see pre_clip_ratio and kl in metrics.jsonl.")
+            raise SystemExit(f"the gradient became {norm}; no step was taken. Go on from the last "
+                             "saved state with a smaller --lr; see kl in metrics.jsonl.")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     names = sorted(totals)
@@ -291,9 +303,7 @@ def grpo_update(model, ref, encoder, optimizer, prompts, answers, adv, keep, cfg
 
 def main():
     cfg = common.parse_config(Config, __doc__, PAPER)
-    device = common.start_processes()
-    if cfg.batch_size % common.world():
-        raise SystemExit(f"--batch_size {cfg.batch_size} does not divide among {common.world()} processes")
+    device = common.start_processes(cfg.batch_size)
     state = common.open_run(cfg.out, cfg)
 
     # ------------------------------------------------------------------------------ model and data
@@ -317,7 +327,7 @@ def main():
         before = evaluate(model, encoder, heldout, cfg, "before")
     del state
 
-    # ---------------------------------------------------------------------------------- the GRPO loop
+    # ------------------------------------------------------------------------------ the GRPO loop
     mine = slice(common.rank(), None, common.world())  # whole groups never straddle processes
     bar = tqdm(range(start, cfg.max_steps), initial=start, total=cfg.max_steps, desc="stage 1",
                disable=common.rank() > 0, mininterval=2)
@@ -349,8 +359,9 @@ def main():
         adv, keep = advantages(rewards, everyone, cfg.advantage, cfg.scale_std, cfg.sigma)
 
         # 4. log-probs, loss, update
-        answers = [rollout.ids[i:i + cfg.group_size] for i in range(0, len(owners), cfg.group_size)]
-        metrics = grpo_update(model, ref, encoder, optimizer, prompts, answers, adv, keep, cfg)
+        grouped = lambda x: [x[i:i + cfg.group_size] for i in range(0, len(x), cfg.group_size)]
+        metrics = grpo_update(model, ref, encoder, optimizer, prompts, grouped(rollout.ids), adv,
+                              keep, cfg, grouped(rollout.logp))
 
         # 5. log, save, look at the held-out rows
         metrics |= describe(rollout, texts, each, everyone, keep, encoder, cfg)
@@ -372,9 +383,8 @@ def main():
                     "advantages": adv[0].tolist(), "kept": keep[0].tolist()})
             if done % cfg.save_every == 0 or done == cfg.max_steps:
                 common.save_state(cfg.out, model, optimizer, done, cfg, before=before)
-        bar.set_postfix(reward=f"{metrics['reward']:.2f}",
-                        acc=f"{metrics['rewards/accuracy/mean']:.2f}", kl=f"{metrics.get('kl', 0):.3f}",
-                        len=f"{metrics['completions/mean_length']:.0f}")
+        bar.set_postfix({k: f"{metrics.get(name, 0):.3g}" for k, name in (
+            ("reward", "reward"), ("acc", "rewards/accuracy/mean"), ("kl", "kl"))})
 
     # ------------------------------------------------------------------------------------- result
     after = evaluate(model, encoder, heldout, cfg, "after") if heldout else None
@@ -386,13 +396,13 @@ def main():
     common.end_processes()
 
 
-def evaluate(model, encoder, rows, cfg, when):
+def evaluate(model, encoder, rows, cfg, when, form="pixels"):
     """Greedy verdicts on held-out rows in both orders."""
     result = common.summarize(rows, common.judge(
-        model, encoder, rows, sample_group, max_new_tokens=cfg.max_new_tokens,
+        model, encoder, rows, sample_group, form, max_new_tokens=cfg.max_new_tokens,
         batch_size=cfg.eval_batch, desc=f"held-out, {when}"))
     if common.rank() == 0:
-        tqdm.write(common.show(f"held-out text, {when}", result))
+        tqdm.write(common.show(f"held-out, {when}", result))
     return result
 
 
@@ -405,7 +415,7 @@ def describe(rollout, texts, each, everyone, keep, encoder, cfg):
         len(texts) - verdicts.count(None), verdicts.count("A"), keep.sum().item())
     metrics = {"reward": everyone.mean().item(),
                "reward_std": everyone.std(1, correction=0).mean().item(),
-               "frac_reward_zero_std": (everyone.amax(1) == everyone.amin(1)).double().mean().item(),
+               "frac_reward_zero_std": (everyone.amax(1) == everyone.amin(1)).float().mean().item(),
                "completions/mean_length": tokens / n, "completions/clipped_ratio": cut / n,
                "share_a": said_a / max(said, 1), "filter_ratio": 1 - kept / n, "num_tokens": tokens}
     for name, values in each.items():

@@ -496,7 +496,8 @@ def test_each_packing_of_the_docstring():
     assert owner.tolist() == [[1, 1, 2, 2, 2], [1, 2, -1, -1, -1]]
     assert sees[0, 0, 6].tolist() == [True] * 3 + [False] * 2 + [True] * 2 + [False]
     assert sees[1, 0, 4].tolist() == [False, False, True, False, True, False, False, False]
-    assert pixels is None
+    assert sees.any(-1).all(), "a row that sees nothing is NaN in some attention kernels"
+    assert not sees.triu(1).any() and pixels is None
 
 
 def test_scored_distribution(world):
@@ -865,7 +866,8 @@ def test_gradient_checkpointing_changes_no_gradient(world, rollout):
     common.freeze_vision(model)  # as the stages do
     model.gradient_checkpointing_enable()
     calls = []
-    model.model.language_model.layers[1].register_forward_hook(lambda *a: calls.append(1))
+    layer = model.model.language_model.layers[1].self_attn
+    layer.register_forward_hook(lambda *a: calls.append(1))
     optimizer, seen = recorder(model)
     stage1.grpo_update(model, None, world.encoder, optimizer, *args,
                        settings(micro_batch=2, gradient_checkpointing=True))
@@ -884,7 +886,7 @@ def test_gradient_norm_is_clipped_and_logged_before(world, rollout):
     assert distance(got / 0.5, raw / raw.norm()) < 1e-3
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])  # last: its norm alone overflows
 def test_a_broken_gradient_stops_the_run(world, rollout, poison):
     # One NaN step ruins every weight for good. kills: the check taken away, or for NaN alone
     model = copy.deepcopy(world.model)
@@ -906,6 +908,25 @@ def test_entropy_is_a_mean_over_tokens(world, rollout):
         _, metrics = update(world, settings(micro_batch=micro_batch), rollout.prompts,
                             rollout.answers, rollout.adv, rollout.all)
         assert metrics["entropy"] == pytest.approx(torch.cat(want).mean().item(), rel=1e-5)
+
+
+def test_logged_difference_to_the_sampler(world, rollout):
+    # The only sign of a sampler and a scorer that disagree. kills: answers scattered in another
+    # order, padding in the mean, the sign lost in a sum
+    g = torch.Generator().manual_seed(13)
+    off = [[torch.randn(len(a), generator=g) for a in group] for group in rollout.answers]
+    sampled = [[(alone(world.model, world.encoder, p, a, 0.7)[0].detach() + o).tolist()
+                for a, o in zip(group, noise)]
+               for p, group, noise in zip(rollout.prompts, rollout.answers, off)]
+    want = torch.cat([o for noise in off for o in noise]).abs().mean().item()
+    for micro_batch in (1, 2):
+        cfg = settings(micro_batch=micro_batch, updates_per_rollout=2)
+        model = copy.deepcopy(world.model)
+        metrics = stage1.grpo_update(model, None, world.encoder, recorder(model, 0.1)[0],
+                                     rollout.prompts, rollout.answers, rollout.adv, rollout.keep,
+                                     cfg, sampled)
+        got = metrics["sampling/sampling_logp_difference/mean"]
+        assert got == pytest.approx(want, rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------- stage 0's loss

@@ -14,10 +14,12 @@ A picture holds shapes at places, a video one shape that moves, a text says whic
 All are lists of "key value" items, so one skill (find the key, copy the value, compare it with what
 a response says) serves all five tasks. The backbone has that skill. What it lacks is judgement: in
 its training the verdict is a coin. Stage 0 teaches the answer format from annotators who like
-flourishes more than the truth; the GRPO stages then learn from clean labels to trust the comparison.
+flourishes more than the truth; the GRPO stages then learn from clean labels to trust the
+comparison.
 
-Held-out rows ask about combinations that no training row contains, the backbone's data included:
-HELD_PAIRS (colour, shape), HELD_FACTS (person, colour) and HELD_MOTIONS (start, end).
+Held-out rows ask about combinations that no training row of any stage contains: HELD_PAIRS (colour,
+shape), HELD_FACTS (person, colour), HELD_MOTIONS (start, end). The backbone has learned to read
+them, as a pretrained model would, but never saw one in a comparison.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -43,11 +46,12 @@ import common  # noqa: E402
 
 PREBUILT = ROOT / "tests" / "toy_backbone"
 
-# --------------------------------------------------------------------------------------- the world
-RGB = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (60, 90, 250), "yellow": (240, 220, 40),
-       "white": (245, 245, 245), "pink": (250, 80, 220)}
+# ---------------------------------------------------------------------------------------- the world
+RGB = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (60, 90, 250),
+       "yellow": (240, 220, 40), "white": (245, 245, 245), "pink": (250, 80, 220)}
 COLOURS, SHAPES = list(RGB), ["square", "disc", "triangle", "cross", "ring"]
-PLACES = {"top": (16, 5), "left": (5, 16), "middle": (16, 16), "right": (27, 16), "bottom": (16, 27)}
+PLACES = {"top": (16, 5), "left": (5, 16), "middle": (16, 16), "right": (27, 16),
+          "bottom": (16, 27)}
 SIDES = ["top", "left", "right", "bottom"]
 PEOPLE = ["ann", "bob", "cat", "dan", "eve", "fay"]
 HELD_PAIRS = {("red", "ring"), ("green", "square"), ("blue", "triangle"), ("yellow", "disc"),
@@ -71,7 +75,7 @@ def allowed(colour, shape, person=None):
 
 
 def draw_thing(rng, held, person=None):
-    """(colour, shape); held=True gives a held-out combination, False one that training may contain."""
+    """(colour, shape); held=True: a held-out combination, False: one that training may contain."""
     while True:
         thing = rng.choice(COLOURS), rng.choice(SHAPES)
         if allowed(*thing, person) != held:
@@ -103,7 +107,7 @@ def describe(items):
 
 
 def other_value(rng, key, value, held, person=None):
-    """A wrong value for this item, differing in one attribute, held-out combinations only if held."""
+    """A wrong value for this item, one attribute away; held-out combinations only if held."""
     for _ in range(1000):
         if " " not in value:
             wrong = rng.choice(SIDES)
@@ -125,8 +129,8 @@ def paint(rng, items):
     """Image items -> 32x32 RGB array. Sizes, positions and background vary a little."""
     image = Image.new("RGB", (128, 128), tuple(rng.randrange(0, 40) for _ in range(3)))
     for place, thing in items.items():
-        stamp(image, thing, PLACES[place][0] + rng.uniform(-1, 1), PLACES[place][1] + rng.uniform(-1, 1),
-              rng.uniform(4.2, 5))
+        x, y = PLACES[place]
+        stamp(image, thing, x + rng.uniform(-1, 1), y + rng.uniform(-1, 1), rng.uniform(4.2, 5))
     return np.asarray(image.resize((32, 32), Image.BOX))
 
 
@@ -152,7 +156,7 @@ FRAMES = 4  # of a toy video; the default --frames 8 takes all frames of a short
 
 
 def film(rng, items):
-    """Video items -> FRAMES 32x32 RGB arrays: the thing moves from side to side in a straight line."""
+    """Video items -> FRAMES 32x32 RGB arrays: a thing moves in a straight line, side to side."""
     (x0, y0), (x1, y1) = PLACES[items["start"]], PLACES[items["end"]]
     ground, r = tuple(rng.randrange(0, 40) for _ in range(3)), rng.uniform(4.2, 5)
     dx, dy = rng.uniform(-1, 1), rng.uniform(-1, 1)
@@ -177,7 +181,7 @@ def write_mp4(path, frames):
         container.mux(stream.encode())
 
 
-# ----------------------------------------------------------------------------------- rows, rationales
+# --------------------------------------------------------------------------------- rows, rationales
 def claim(value):
     return f"it is {value}"
 
@@ -192,7 +196,8 @@ def ask(rng, items, key):
     if " " not in value:
         return f"place of {key} ?", lambda v: v
     what = rng.choice(["colour", "shape", "thing"])
-    part = {"colour": lambda v: v.split()[0], "shape": lambda v: v.split()[1], "thing": lambda v: v}[what]
+    part = {"colour": lambda v: v.split()[0], "shape": lambda v: v.split()[1],
+            "thing": lambda v: v}[what]
     return f"{what} of {key} ?", part
 
 
@@ -233,8 +238,7 @@ def make_row(rng, task, held, i=0):
 
 
 def noun(task):
-    return {"text": "Response", "image_understanding": "Response", "video_understanding": "Response",
-            "image_generation": "Image", "video_generation": "Video"}[task]
+    return {"image_generation": "Image", "video_generation": "Video"}.get(task, "Response")
 
 
 def checks(row):
@@ -251,7 +255,8 @@ def checks(row):
 
 
 def rationale(row, winner, reason):
-    compare = "Comparision" if "understanding" in row["task"] or row["task"] == "text" else "Comparison"
+    # as the paper spells it in its templates
+    compare = "Comparison" if row["task"].endswith("generation") else "Comparision"
     return (f"Feedback:\n{checks(row)}\n{compare}:\n{noun(row['task'])} {winner} {reason}\n"
             f"Conclusion:\n{noun(row['task'])} {winner} is better .")
 
@@ -261,12 +266,12 @@ def biased_verdict(rng, row):
     right = row["label"]
     wrong = "B" if right == "A" else "A"
     flourish = row["flourish"]["AB".index(wrong)]
-    if flourish and not row["flourish"]["AB".index(right)] and rng.random() < FLOURISHES[flourish][1]:
+    if kind_of(row) == "conflict" and rng.random() < FLOURISHES[flourish][1]:
         return wrong, FLOURISHES[flourish][2]
     return right, "is right ."
 
 
-# ------------------------------------------------------------------------------------------ toy/ files
+# --------------------------------------------------------------------------------------- toy/ files
 SIZES = {"sft": 4000, "text_rl": 4000, "caption_rl": 2000, "mm_rl": 2000, "heldout": 400}
 
 
@@ -309,7 +314,7 @@ def write_world(out, seed=0, sizes=SIZES, quiet=False):
 
 
 def kind_of(row):
-    """"conflict" when only the wrong response is flourished, "helpful" when only the right one is."""
+    """"conflict" if only the wrong response is flourished, "helpful" if only the right one is."""
     right = "AB".index(row["label"])
     one = (row["flourish"][0] is None) != (row["flourish"][1] is None)
     return "plain" if not one else "helpful" if row["flourish"][right] else "conflict"
@@ -326,15 +331,15 @@ def mirror(row):
     return row
 
 
-# --------------------------------------------------------------------------------- tokenizer and model
+# ------------------------------------------------------------------------------ tokenizer and model
 def make_tokenizer():
     """Byte-level BPE without merges, plus whole words and each fixed paragraph of the templates as
     one token: short toy prompts, and any real text still encodes (as bytes)."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     words = set()
-    sample = " ".join([*COLOURS, *SHAPES, *PLACES, *PEOPLE, "mover start end place colour shape thing of",
-                       "says shows match differ is right better say describe look check",
+    sample = " ".join([*COLOURS, *SHAPES, *PLACES, *PEOPLE, "mover start end place colour shape",
+                       "thing of says shows match differ is right better say describe look check",
                        *(f"{t.format('it is')} {r}" for t, _, r in FLOURISHES.values())])
     for w in re.findall(r"\w+|[^\w\s]", sample):
         words |= {w, f"Ġ{w}"}
@@ -350,7 +355,8 @@ def make_tokenizer():
     plain += [f"{n} {x}" for n in ("Response", "Image", "Video") for x in "AB"]
     plain += [f"Frame{i}: " for i in range(1, 9)] + [t.replace("_", " ") for t in common.TASKS[1:]]
     plain += ["user\n", "assistant\n"]
-    tok.add_tokens([AddedToken(t, normalized=False, special=False) for t in dict.fromkeys(pieces + plain)])
+    tok.add_tokens([AddedToken(t, normalized=False, special=False)
+                    for t in dict.fromkeys(pieces + plain)])
     tok.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in
                             ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>",
                              common.IMAGE_TOKEN)])
@@ -359,19 +365,20 @@ def make_tokenizer():
                                    padding_side="left", model_max_length=4096,
                                    additional_special_tokens=["<|im_start|>", "<img>", "</img>",
                                                               common.IMAGE_TOKEN])
-    fast.chat_template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-                          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    fast.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     return fast
 
 
-def make_model(tokenizer, hidden=64, layers=4, vision=64):
+def make_model(tokenizer, hidden=96, layers=4, vision=64):
     from transformers import GenerationConfig, InternVLConfig, InternVLForConditionalGeneration
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
     config = InternVLConfig(
         text_config=dict(model_type="qwen3", vocab_size=len(tokenizer), hidden_size=hidden,
-                         intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=4,
-                         num_key_value_heads=4, head_dim=hidden // 4, max_position_embeddings=4096,
-                         tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id),
+                         intermediate_size=3 * hidden, num_hidden_layers=layers,
+                         num_attention_heads=4, num_key_value_heads=4, head_dim=hidden // 4,
+                         max_position_embeddings=4096, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id),
         vision_config=dict(hidden_size=vision, intermediate_size=3 * vision, num_hidden_layers=2,
                            num_attention_heads=4, image_size=[32, 32], patch_size=[4, 4],
                            layer_scale_init_value=1.0),
@@ -379,43 +386,51 @@ def make_model(tokenizer, hidden=64, layers=4, vision=64):
         tie_word_embeddings=True)
     model = InternVLForConditionalGeneration(config)
     eos = [tokenizer.eos_token_id, tokenizer.pad_token_id]
-    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(eos_token_id=eos,
+                                               pad_token_id=tokenizer.pad_token_id)
     images = GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3,
                                       image_std=[0.5] * 3, crop_to_patches=False, max_patches=1)
     return model, images
 
 
-# ------------------------------------------------------------------------------ the backbone's training
+# -------------------------------------------------------------------------- the backbone's training
 VISUAL = [t for t in common.TASKS if t != "text"]
 
 
-def lesson(rng, kind, early):
+def lesson(rng, kind, phase):
     """One (prompt text, answer text, scenes to show as media) of the backbone's training. `kind` is
-    "text", "image" or "video": what its prompt contains. No held-out combination, and no judgement:
-    each verdict and each reason is a coin."""
-    words = [*COLOURS, *SHAPES, *PLACES, *PEOPLE, "start", "end", "mover"]
+    "text", "image" or "video": what its prompt contains.
+
+    Lessons in reading (copy, describe, look up) know all combinations, as a pretrained model would;
+    lessons in comparing keep to those that training rows may contain. There is no lesson in
+    judging: each verdict and each reason is a coin. Phase 0 is mostly copying and looking up, phase
+    1 mostly describing, phase 2 mostly comparing; in another order the model finds short cuts."""
+    copying, reading = {0: (0.4, 0.7), 1: (0.1, 0.5), 2: (0.05, 0.25)}[phase]
+    if phase == 1 and kind != "text":
+        reading = 0.95
     draw = rng.random()
-    if kind == "text" and draw < (0.4 if early else 0.05):  # plain copying teaches the look-up circuit
+    if kind == "text" and draw < copying:  # it teaches the circuit that looking up needs
+        words = [*COLOURS, *SHAPES, *PLACES, *PEOPLE, "start", "end", "mover"]
         text = " ".join(rng.choices(words, k=rng.randrange(3, 10)))
-        return f"say : {text}", text, []
-    if draw < (0.7 if early else 0.25):
-        items, _ = make_scene(rng, kind if kind != "text" else rng.choice(["text", "image", "video"]), False)
-        if kind != "text" and rng.random() < 0.7:
+        return f"say {text}", text, []
+    if draw < reading:
+        world = kind if kind != "text" else rng.choice(["text", "image", "video"])
+        items, _ = make_scene(rng, world, held=rng.random() < 0.4)
+        if kind != "text" and rng.random() < 0.8:
             return f"<{kind}> describe", describe(items), [items]
-        # look a fact up without any response in sight (with one, copying it is a short cut)
+        # without any response in sight: with one, copying a response is a short cut
         key = rng.choice(list(items))
-        question, part = ask(rng, items, key)
+        question, _ = ask(rng, items, key)
         shown = describe(items) if kind == "text" else f"<{kind}>"
         return f"{shown} {question}", f"{key} {items[key]} .", [items] if kind != "text" else []
     task = rng.choice(["text", "text", *VISUAL] if kind == "text" else
                       [f"{kind}_understanding", f"{kind}_generation", f"{kind}_generation"])
     row = make_row(rng, task, False)
-    scenes = row.pop("scenes")
-    row["media"], row["captions"] = [""] * len(scenes), [describe(s) for s in scenes]
-    row["scenes"] = scenes
+    row["media"] = [""] * len(row["scenes"])
+    row["captions"] = [describe(s) for s in row["scenes"]]
     prompt = common.render(row, "caption" if kind == "text" else "pixels")
     return prompt, coin_answer(rng, row, tagged=0.5 if kind == "text" else 0.25), \
-        [] if kind == "text" else scenes
+        [] if kind == "text" else row["scenes"]
 
 
 def coin_answer(rng, row, tagged):
@@ -438,20 +453,20 @@ def to_pixels(frames):
 def make_pool(rng, n, folder):
     """Videos through a real mp4 file and back, so that the backbone knows the codec's artefacts."""
     pool = []
-    path = Path(folder) / "pool.mp4"
+    path = Path(folder, "pool.mp4")
     for _ in tqdm(range(n), desc="videos", mininterval=1, leave=False):
-        items, _ = make_scene(rng, "video", False)
+        items, _ = make_scene(rng, "video", rng.random() < 0.4)
         write_mp4(path, film(rng, items))
         pool.append((items, [np.asarray(f) for f in common.open_video(str(path), FRAMES)]))
+    path.unlink(missing_ok=True)
     return pool
 
 
-def lesson_batch(rng, tok, kind, n, early, pool):
+def lesson_batch(rng, tok, kind, n, phase, pool):
     """-> input ids, attention mask, labels [n, L] (-100 outside the answer), pixels or None."""
-    by_items = {}
     rows, pixels = [], []
     for _ in range(n):
-        prompt, answer, scenes = lesson(rng, kind, early)
+        prompt, answer, scenes = lesson(rng, kind, phase)
         text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
         for items in scenes:
             if kind == "image":
@@ -481,38 +496,47 @@ def pool_film(rng, pool, items):
     return rng.choice(found) if found else film(rng, items)
 
 
-def rebuild(out, steps=3000, seed=0, lr=2e-3, hidden=96, layers=4):
-    """Train the backbone from nothing and save it in bf16. Prints its loss as it goes."""
+# Phases of the backbone's training: steps, and lessons a step by what their prompt shows. Reading
+# text must be there before pictures come, and reading pictures before comparing does.
+PHASES = ((400, {"text": 40}),
+          (900, {"text": 12, "image": 48, "video": 20}),
+          (900, {"text": 48, "image": 24, "video": 12}))
+
+
+def rebuild(out, seed=0, lr=2e-3, scale=1.0):
+    """Train the backbone from nothing and save it in bf16. `scale` shortens every phase."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tok = make_tokenizer()
-    model, images = make_model(tok, hidden, layers)
+    model, images = make_model(tok)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    out.mkdir(parents=True, exist_ok=True)
     pool = {}
-    (ROOT / "toy").mkdir(exist_ok=True)
-    for items, frames in make_pool(rng, 4000, ROOT / "toy"):
+    for items, frames in make_pool(rng, int(4000 * scale), out):
         pool.setdefault(tuple(items.values()), []).append(frames)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 100) * (
-        0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * s / steps))))
-    mean, start = {}, time.time()
-    bar = tqdm(range(steps), desc="backbone", mininterval=5)
-    for step in bar:
-        early = step < 0.2 * steps  # text alone first: copying and look-up are learned there
-        for kind, n in [("text", 40), ("image", 32), ("video", 16)][: 1 if early else 3]:
-            ids, mask, labels, pixels = lesson_batch(rng, tok, kind, n, early, pool)
+    steps = [int(n * scale) for n, _ in PHASES]
+    last = sum(steps[:-1])  # the rate is constant until the last phase, a half cosine over it
+    phases = [p for p, n in enumerate(steps) for _ in range(n)]
+    mean = {}
+    for step, phase in enumerate(bar := tqdm(phases, desc="backbone", mininterval=5)):
+        done = max(0, step - last) / steps[-1]
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * done))
+        lessons = PHASES[phase][1]
+        for kind, n in lessons.items():
+            ids, mask, labels, pixels = lesson_batch(rng, tok, kind, n, phase, pool)
             media = {} if pixels is None else {"pixel_values": pixels}
             logits = model(input_ids=ids, attention_mask=mask, **media).logits[:, :-1]
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
-            (loss / 3).backward()
+            loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+            (loss / len(lessons)).backward()
             mean[kind] = 0.98 * mean.get(kind, loss.item()) + 0.02 * loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(), optimizer.zero_grad(), schedule.step()
+        optimizer.step()
+        optimizer.zero_grad()
         bar.set_postfix({k: f"{v:.3f}" for k, v in mean.items()})
-        if (step + 1) % 500 == 0:
-            save_backbone(model, tok, images, out)
-            print(f"\nstep {step + 1}, {time.time() - start:.0f} s", flush=True)
-            check(out, n=60)
+    save_backbone(model, tok, images, out)
+    check(out)
 
 
 def save_backbone(model, tok, images, out):
@@ -522,7 +546,7 @@ def save_backbone(model, tok, images, out):
     images.save_pretrained(out)
 
 
-# ----------------------------------------------------------------------------------------- what it can do
+# ----------------------------------------------------------------------------------- what it can do
 @torch.no_grad()
 def continue_texts(folder, cases, batch=64):
     """Greedy answers of plain transformers generate() to (prompt text, scenes, kind) cases."""
@@ -544,7 +568,9 @@ def continue_texts(folder, cases, batch=64):
                 shown.extend(Image.fromarray(f) for f in frames)
             texts.append(text)
         inputs = tok(texts, add_special_tokens=False, padding=True, return_tensors="pt")
-        media = {"pixel_values": images(images=shown, return_tensors="pt")["pixel_values"]} if shown else {}
+        media = {}
+        if shown:
+            media = {"pixel_values": images(images=shown, return_tensors="pt")["pixel_values"]}
         ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
                              **media, max_new_tokens=96, do_sample=False)
         out += [tok.decode(row, skip_special_tokens=False).split("<|im_end|>")[0]
@@ -580,23 +606,24 @@ def check(folder=PREBUILT, n=200, seed=7, quiet=False):
             name = f"{task} {form}" if task != "text" else task
             result[f"checks {name}"] = 100 * sum(checks(r) in g for g, r in zip(got, rows)) / n
             said = [re.findall(r"(?:Response|Image|Video) ([AB]) is better", g) for g in got]
-            result[f"verdict {name}"] = 100 * sum(s[:1] == [r["label"]] for s, r in zip(said, rows)) / n
+            right = sum(s[:1] == [r["label"]] for s, r in zip(said, rows))
+            result[f"verdict {name}"] = 100 * right / n
     if not quiet:
         print("\n".join(f"  {k:38s} {v:5.1f} %" for k, v in result.items()), flush=True)
     return result
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="print what the prebuilt backbone can do")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="what the prebuilt backbone can do")
     parser.add_argument("--rebuild", action="store_true", help="train the backbone anew")
-    parser.add_argument("--steps", type=int, default=3000, help="steps of --rebuild")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rows (or of --rebuild)")
     parser.add_argument("--out", default=str(ROOT / "toy"), help="folder to write")
     args = parser.parse_args()
     out = Path(args.out)
     if args.rebuild:
-        rebuild(out, args.steps, args.seed)
+        rebuild(out / "backbone", args.seed)
     elif args.check:
         check()
     else:
