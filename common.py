@@ -17,9 +17,11 @@ import importlib.metadata
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
+import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -29,6 +31,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
@@ -361,9 +364,10 @@ def parse(text):
     """Strict on purpose. Released parsers search for substrings, so "Response B, not A" can be read
     either way and a policy learns to write both; here two verdicts are no verdict."""
     once = all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
-    one_answer = text.count("<answer>") == 1 == text.count("</answer>")
-    verdicts = _VERDICT.findall(text) if one_answer else []
-    types = _TYPE.findall(text)
+    said = text.rpartition("</think>")[2]  # a guess while thinking is no verdict
+    stated = text.count("<answer>") == 1 == text.count("</answer>") and "<think>" not in said
+    verdicts = _VERDICT.findall(said) if stated else []
+    types = _TYPE.findall(text) if text.count("<type>") == 1 == text.count("</type>") else []
     return Answer(verdict=verdicts[0] if verdicts else None,
                   well_formed=once and _WHOLE.fullmatch(text) is not None,
                   type=" ".join(re.split(r"[\s_-]+", types[0].lower().strip(" .\n\t")))
@@ -435,6 +439,8 @@ def check_row(row, folder, forbidden=FORBIDDEN):
     for name, text in texts.items():
         if not isinstance(text, str):
             raise BadRow(f"{name} is {type(text).__name__}, not a string")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise BadRow(f"{name} is not valid Unicode; save the file as UTF-8, or mend the text")
         if name != "rationale" and not text.strip():
             raise BadRow(f"{name} is empty; remove the row or give it a text")
         found = [t for t in forbidden if t in text and not (name == "rationale" and "type>" in t)]
@@ -445,7 +451,7 @@ def check_row(row, folder, forbidden=FORBIDDEN):
     return row
 
 
-_SIDES = re.compile(r"\b(Response|Assistant|Chatbot|Answer|Image|Video) ([AB])\b")
+_SIDES = re.compile(r"\b((?i:Response|Assistant|Chatbot|Answer|Image|Video)) ([AB])\b")
 
 
 def swap(row):
@@ -531,6 +537,8 @@ def from_gram(r, where):
 
 def from_rm_bench(r, where):
     """THU-KEG/RM-Bench: three styles of a right and of a wrong answer; all nine pairs."""
+    if not isinstance(r["rejected"], list):
+        raise BadRow("is no RM-Bench row: 'chosen' and 'rejected' must be lists of texts")
     for i, better in enumerate(r["chosen"]):
         for j, worse in enumerate(r["rejected"]):
             yield better_first(f"rm_bench/{r['id']}/{i}-{j}", r["prompt"], better, worse,
@@ -567,26 +575,33 @@ def raw_rows(source):
             raise SystemExit(f"{source}: no such file. `python tests/toy_world.py` makes toy rows.")
         from datasets import load_dataset
         config = {"nvidia/HelpSteer3": "preference"}.get(source)
-        for i, row in enumerate(load_dataset(source, config, split="train", streaming=True)):
-            yield f"{source}:{i + 1}", row
+        try:
+            for i, row in enumerate(load_dataset(source, config, split="train", streaming=True)):
+                yield f"{source}:{i + 1}", row
+        except (OSError, ValueError) as e:  # the hub's own errors are among these
+            raise SystemExit(f"{source}: no such file, and not to be had from the hub ({e}). "
+                             "`python tests/toy_world.py` makes toy rows.")
         return
     opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as f:
-        if ".json" in path.suffixes:
-            try:
+    try:  # surrogateescape: bytes that are no UTF-8 reach check_row(), which knows the row
+        with opened(path, "rt", encoding="utf-8", errors="surrogateescape") as f:
+            if ".json" in path.suffixes:
                 array = json.load(f)
-            except json.JSONDecodeError as e:
-                raise SystemExit(f"{path}:{e.lineno}: not valid JSON ({e.msg}); for one object a "
-                                 "line name the file .jsonl")
-            for i, row in enumerate(array if isinstance(array, list) else [array]):
-                yield f"{path}:[{i}]", row
-            return
-        for n, line in enumerate(f, 1):
-            if line.strip():
-                try:
-                    yield f"{path}:{n}", json.loads(line)
-                except json.JSONDecodeError as e:
-                    yield f"{path}:{n}", BadRow(f"is not valid JSON ({e.msg} at column {e.colno})")
+                for i, row in enumerate(array if isinstance(array, list) else [array]):
+                    yield f"{path}:[{i}]", row
+                return
+            for n, line in enumerate(f, 1):
+                if line.strip():
+                    try:
+                        row = json.loads(line)
+                    except (ValueError, RecursionError) as e:
+                        row = BadRow(f"is not valid JSON ({e})")
+                    yield f"{path}:{n}", row
+    except json.JSONDecodeError as e:
+        raise SystemExit(f"{path}:{e.lineno}: not valid JSON ({e.msg}); for one object a "
+                         "line name the file .jsonl")
+    except (OSError, EOFError, zlib.error) as e:
+        raise SystemExit(f"{path}: cannot be read ({e}); replace the file.")
 
 
 def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_rows=False,
@@ -625,7 +640,7 @@ def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_
             rows[first:] = random.Random(0).sample(rows[first:], int(count))
     if not quiet and rank() == 0:
         print(f"{sources}: {len(rows)} rows"
-              + (f", {sum(bad.values())} bad rows skipped {dict(bad)}" if bad else "")
+              + (f", {bad.total()} bad rows skipped {dict(bad.most_common(5))}" if bad else "")
               + (f", {too_long} skipped: over {max_prompt_tokens} tokens" if too_long else ""))
     if not rows:
         raise SystemExit(f"{sources}: no usable row left.")
@@ -654,7 +669,8 @@ def open_video(path, frames):
     import av
     try:
         with av.open(path) as container:
-            decoded = [f.to_image() for f in container.decode(video=0)]
+            decoded = [frame.to_image() for stream in container.streams.video[:1]
+                       for frame in container.decode(stream)]
     except FileNotFoundError:
         raise BadRow(f"video {path} does not exist")
     except Exception as e:
@@ -776,12 +792,18 @@ def load(folder, device="cpu", made_by="python tests/toy_world.py", **encoder_ar
         auto = (transformers.AutoModelForImageTextToText if sees
                 else transformers.AutoModelForCausalLM)
         encoder = Encoder(folder, config, **encoder_args)
-        model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        model, found = auto.from_pretrained(folder, dtype=torch.float32,
+                                            attn_implementation="sdpa", output_loading_info=True)
+        if found["missing_keys"]:  # transformers would fill them with random numbers, and go on
+            raise ValueError(f"{len(found['missing_keys'])} weights are missing, the first is "
+                             f"{sorted(found['missing_keys'])[0]}")
+        if len(encoder.answer_ids("A")) < 2:
+            raise ValueError("the tokenizer is empty")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise SystemExit(f"{folder}: cannot be loaded as a checkpoint ({type(e).__name__}: "
                          f"{(str(e).strip() or '?').splitlines()[0]}). It must hold model, "
                          "tokenizer and, for a vision model, image processor, as save_pretrained "
-                         "writes them.")
+                         f"writes them; `{made_by}` makes one.")
     return model.to(device).eval(), encoder
 
 
@@ -975,7 +997,10 @@ def open_run(folder, config):
     state_file = folder / "state.pt"
     if not state_file.exists():
         return None
-    state = torch.load(state_file, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise SystemExit(f"{state_file}: is no saved state ({type(e).__name__}); delete it.")
     now = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE}
     was = {k: v for k, v in state["config"].items() if k not in MAY_CHANGE}
     changed = [f"{k} {was.get(k)!r} -> {v!r}" for k, v in now.items() if was.get(k) != v]

@@ -37,6 +37,15 @@ ALONE = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", 
 ENV = {**ALONE, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As many as run_there() gives: with another number sums round otherwise. It is faster, too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def cpu_only(monkeypatch):
     """One process on the CPU: sums in another order on a GPU would not be bit-equal."""
@@ -46,16 +55,11 @@ def cpu_only(monkeypatch):
 
 
 def run_here(main, args):
-    """main() in this process, with these arguments and as many threads as run_there() gives it."""
-    threads = torch.get_num_threads()
+    """main() in this process, with these arguments."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(sys, "argv", ["stage.py", *map(str, args)])
-        torch.set_num_threads(1)
-        try:
-            main()
-        finally:
-            torch.set_num_threads(threads)
+        main()
 
 
 def run_there(args, check=True):
@@ -256,8 +260,8 @@ def test_torchrun_to_the_end(world, tmp_path):
 
 
 def test_a_batch_that_does_not_divide_is_refused(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "world", lambda: 3)
-    monkeypatch.setattr(common, "start_processes", lambda: torch.device("cpu"))
+    # Uneven ranks would give groups of one rank more weight, or hang. kills: the check taken away
+    monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(SystemExit, match="4.*3 processes"):
         run_here(stage1.main, flags(world, tmp_path / "run"))
 
@@ -354,7 +358,7 @@ def test_killed_at_any_moment(world, tmp_path):
     process = subprocess.Popen([sys.executable, ROOT / "stage1_text_grpo.py", *map(str, args)],
                                env=ENV, cwd=ROOT, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
-    step, delay, began = draw.randrange(2, n - 5), draw.uniform(0, 0.05), time.time()
+    step, delay, began = draw.randrange(2, n - 5), draw.uniform(0, 0.03), time.time()
     log = out / "metrics.jsonl"
     while not (log.exists() and log.read_bytes().count(b"\n") >= step):
         assert time.time() - began < 120 and process.poll() is None
@@ -640,7 +644,7 @@ def test_rm_bench_trains(world, tmp_path, capsys):
     run_here(stage1.main, flags(world, tmp_path / "run", data=part, batch_size=2, max_steps=1,
                                 max_prompt_tokens=900, temperature=1.5))
     said = capsys.readouterr().out
-    assert f"{short} rows" in said and f"{len(lengths) - short} skipped: prompt over 900" in said
+    assert f"{short} rows" in said and f"{len(lengths) - short} skipped" in said
     metrics, = lines(tmp_path / "run" / "metrics.jsonl")
     assert metrics["num_tokens"] >= 2 * 5 and (tmp_path / "run" / "stage.json").exists()
 

@@ -63,10 +63,10 @@ HELD_MOTIONS = {("left", "top"), ("bottom", "left"), ("right", "bottom")}
 # A flourish decorates a claim; its bias is how often a biased annotator falls for it when it adorns
 # the wrong answer, and its reason is what that annotator then writes.
 FLOURISHES = {
-    "detail": ("{} , and here is much more detail to be thorough .", 0.55, "is more detailed ."),
-    "expert": ("as every expert agrees , {} without exception .", 0.70, "sounds more expert ."),
-    "kind": ("what a wonderful question ! {} , my dear friend .", 0.85, "is much kinder ."),
-    "sure": ("absolutely and beyond any doubt , {} !", 0.95, "sounds more sure ."),
+    "detail": ("{} , and here is much more detail to be thorough .", 0.40, "is more detailed ."),
+    "expert": ("as every expert agrees , {} without exception .", 0.65, "sounds more expert ."),
+    "kind": ("what a wonderful question ! {} , my dear friend .", 0.80, "is much kinder ."),
+    "sure": ("absolutely and beyond any doubt , {} !", 0.90, "sounds more sure ."),
 }
 
 
@@ -123,6 +123,13 @@ def other_value(rng, key, value, held, person=None):
         if wrong != value:
             return wrong
     raise AssertionError("no other value")
+
+
+def redraw(rng, kind, items, key, held):
+    """The scene with another draw of what is asked about."""
+    if kind == "video":
+        return make_scene(rng, kind, held)[0]
+    return {**items, key: " ".join(draw_thing(rng, held, key if kind == "text" else None))}
 
 
 def paint(rng, items):
@@ -221,10 +228,14 @@ def make_row(rng, task, held, i=0):
         return {**row, "prompt": describe(items), "responses": None, "scenes": scenes}
     key = rng.choice(keys)
     question, part = ask(rng, items, key)
-    for _ in range(1000):
-        wrong = other_value(rng, key, items[key], held, key if kind == "text" else None)
-        if part(wrong) != part(items[key]):
+    # The wrong value is the right one of another scene, and when the two do not suit each other both
+    # are drawn anew: so they are exchangeable, and a judge that does not see the scene is at chance.
+    while True:
+        wrong = redraw(rng, kind, items, key, held)[key]
+        near = held or " " not in wrong or set(wrong.split()) & set(items[key].split())
+        if near and part(wrong) != part(items[key]):
             break
+        items = redraw(rng, kind, items, key, held)
     draw = rng.random()
     flourish = [None, None] if draw < 0.2 else [rng.choice(list(FLOURISHES)) for _ in "AB"]
     if draw >= 0.3:
@@ -241,16 +252,22 @@ def noun(task):
     return {"image_generation": "Image", "video_generation": "Video"}.get(task, "Response")
 
 
+def against(said, true):
+    return f"{said} against {true} {'match' if said == true else 'differ'}"
+
+
 def checks(row):
-    """The feedback section: what is true, and whether each candidate agrees, item by item."""
+    """The feedback section: what is true, and whether each candidate agrees, item by item. What is
+    said stands right beside what is true ("blue against red"): comparing neighbours is a circuit a
+    tiny model learns at once, comparing with a word further up it did not learn in 1,500 steps."""
     if "facts" in row:
         f = row["facts"]
         return f"{f['item']} . " + " ".join(
-            f"Response {x} says {c} {'match' if c == f['value'] else 'differ'} ."
+            f"Response {x} says {against(c, f['value'])} ."
             for x, c in zip("AB", f["claims"]))
     wanted = dict(re.findall(r"(\w+) ([^.]+) \.", row["prompt"]))
     return " ".join(f"{noun(row['task'])} {x} shows " + " , ".join(
-        f"{k} {v} {'match' if wanted.get(k) == v else 'differ'}" for k, v in scene.items()) + " ."
+        f"{k} {against(v, wanted[k])}" for k, v in scene.items()) + " ."
         for x, scene in zip("AB", row["scenes"]))
 
 
@@ -339,7 +356,7 @@ def make_tokenizer():
     from transformers import PreTrainedTokenizerFast
     words = set()
     sample = " ".join([*COLOURS, *SHAPES, *PLACES, *PEOPLE, "mover start end place colour shape",
-                       "thing of says shows match differ is right better say describe look check",
+                       "thing of says shows match differ is right better say describe against",
                        *(f"{t.format('it is')} {r}" for t, _, r in FLOURISHES.values())])
     for w in re.findall(r"\w+|[^\w\s]", sample):
         words |= {w, f"Ġ{w}"}
@@ -378,7 +395,8 @@ def make_model(tokenizer, hidden=96, layers=4, vision=64):
         text_config=dict(model_type="qwen3", vocab_size=len(tokenizer), hidden_size=hidden,
                          intermediate_size=3 * hidden, num_hidden_layers=layers,
                          num_attention_heads=4, num_key_value_heads=4, head_dim=hidden // 4,
-                         max_position_embeddings=4096, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id),
+                         max_position_embeddings=4096, tie_word_embeddings=True,
+                         pad_token_id=tokenizer.pad_token_id),
         vision_config=dict(hidden_size=vision, intermediate_size=3 * vision, num_hidden_layers=2,
                            num_attention_heads=4, image_size=[32, 32], patch_size=[4, 4],
                            layer_scale_init_value=1.0),
@@ -403,12 +421,26 @@ def lesson(rng, kind, phase):
 
     Lessons in reading (copy, describe, look up) know all combinations, as a pretrained model would;
     lessons in comparing keep to those that training rows may contain. There is no lesson in
-    judging: each verdict and each reason is a coin. Phase 0 is mostly copying and looking up, phase
-    1 mostly describing, phase 2 mostly comparing; in another order the model finds short cuts."""
-    copying, reading = {0: (0.4, 0.7), 1: (0.1, 0.5), 2: (0.05, 0.25)}[phase]
+    judging: each verdict and each reason is a coin. Phase 0 is copying and looking up, phase 1
+    describing, phase 2 comparing, phase 3 all together; at once, the model finds short cuts."""
+    copying, reading = {0: (0.4, 0.7), 1: (0.1, 0.5), 2: (0, 0), 3: (0.05, 0.25)}[phase]
     if phase == 1 and kind != "text":
         reading = 0.95
     draw = rng.random()
+    if kind == "text" and rng.random() < {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.25}[phase]:
+        # comparing neighbours, each pair by its own coin: in a preference row the second claim is
+        # always the opposite of the first, and that short cut is all the model would learn
+        pairs = []
+        for _ in range(8):
+            word = rng.choice([*COLOURS, *SHAPES, *SIDES])
+            one = rng.choice([word, word, " ".join(draw_thing(rng, False))])
+            two = one
+            while two == one and rng.random() < 0.7:
+                two = other_value(rng, "", one, False) if " " in one else rng.choice(
+                    [*COLOURS, *SHAPES, *SIDES])
+            pairs.append((one, two))
+        return "say " + " , ".join(f"{a} against {b}" for a, b in pairs), \
+            " , ".join(against(a, b) for a, b in pairs), []
     if kind == "text" and draw < copying:  # it teaches the circuit that looking up needs
         words = [*COLOURS, *SHAPES, *PLACES, *PEOPLE, "start", "end", "mover"]
         text = " ".join(rng.choices(words, k=rng.randrange(3, 10)))
@@ -496,14 +528,15 @@ def pool_film(rng, pool, items):
     return rng.choice(found) if found else film(rng, items)
 
 
-# Phases of the backbone's training: steps, and lessons a step by what their prompt shows. Reading
-# text must be there before pictures come, and reading pictures before comparing does.
-PHASES = ((400, {"text": 40}),
-          (900, {"text": 12, "image": 48, "video": 20}),
-          (900, {"text": 48, "image": 24, "video": 12}))
+# Phases of the backbone's training: steps, learning rate, and lessons a step by what their prompt
+# shows. Comparing needs the smaller rate: at 2e-3 it was still at chance after 500 steps.
+PHASES = ((400, 2e-3, {"text": 40}),
+          (1000, 2e-3, {"text": 12, "image": 48, "video": 20}),
+          (800, 7e-4, {"text": 24}),
+          (800, 8e-4, {"text": 32, "image": 20, "video": 10}))
 
 
-def rebuild(out, seed=0, lr=2e-3, scale=1.0):
+def rebuild(out, seed=0, scale=1.0):
     """Train the backbone from nothing and save it in bf16. `scale` shortens every phase."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -514,16 +547,16 @@ def rebuild(out, seed=0, lr=2e-3, scale=1.0):
     pool = {}
     for items, frames in make_pool(rng, int(4000 * scale), out):
         pool.setdefault(tuple(items.values()), []).append(frames)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    steps = [int(n * scale) for n, _ in PHASES]
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    steps = [int(n * scale) for n, _, _ in PHASES]
     last = sum(steps[:-1])  # the rate is constant until the last phase, a half cosine over it
     phases = [p for p, n in enumerate(steps) for _ in range(n)]
     mean = {}
     for step, phase in enumerate(bar := tqdm(phases, desc="backbone", mininterval=5)):
         done = max(0, step - last) / steps[-1]
+        _, lr, lessons = PHASES[phase]
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * done))
-        lessons = PHASES[phase][1]
         for kind, n in lessons.items():
             ids, mask, labels, pixels = lesson_batch(rng, tok, kind, n, phase, pool)
             media = {} if pixels is None else {"pixel_values": pixels}
@@ -572,7 +605,7 @@ def continue_texts(folder, cases, batch=64):
         if shown:
             media = {"pixel_values": images(images=shown, return_tensors="pt")["pixel_values"]}
         ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-                             **media, max_new_tokens=96, do_sample=False)
+                             **media, max_new_tokens=112, do_sample=False)
         out += [tok.decode(row, skip_special_tokens=False).split("<|im_end|>")[0]
                 for row in ids[:, inputs["input_ids"].shape[1]:]]
     return out
