@@ -831,6 +831,7 @@ def save_checkpoint(folder, model, encoder, **info):
         encoder.image_processor.save_pretrained(part)
     versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers")}
     (part / "stage.json").write_text(json.dumps({**info, "versions": versions}, indent=2) + "\n")
+    (folder / "stage.json").unlink(missing_ok=True)
     for path in sorted(part.iterdir(), key=lambda p: p.name == "stage.json"):
         os.replace(path, folder / path.name)
     part.rmdir()
@@ -996,6 +997,9 @@ def open_run(folder, config):
                          "--out.")
     state_file = folder / "state.pt"
     if not state_file.exists():
+        if rank() == 0:  # killed before its first save: its log begins anew as well
+            for name in ("metrics.jsonl", "rollouts.jsonl"):
+                _drop_lines_after(folder / name, 0)
         return None
     try:
         state = torch.load(state_file, map_location="cpu", weights_only=True)
@@ -1014,8 +1018,8 @@ def open_run(folder, config):
     return state
 
 
-MAY_CHANGE = ("out", "max_steps", "save_every", "eval_every", "eval_batch", "micro_batch",
-              "rollout_batch", "log_rollouts_every", "skip_bad_rows")
+MAY_CHANGE = ("out", "max_steps", "save_every", "eval_every", "eval_rows", "eval_batch",
+              "micro_batch", "log_rollouts_every", "skip_bad_rows")
 
 
 def _drop_lines_after(path, step):
@@ -1083,6 +1087,13 @@ def parse_config(cls, description, paper):
     cfg, *_, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)} (see --help)")
+    for name in ("batch_size", "micro_batch", "rollout_batch", "save_every", "max_new_tokens"):
+        if getattr(cfg, name, 1) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if getattr(cfg, "group_size", 2) < 2:
+        parser.error("--group_size must be at least 2: an answer alone has no advantage")
+    if 0 < getattr(cfg, "pre_clip", 0) <= 1:
+        parser.error("--pre_clip must be above 1, or 0 for off")
     return cfg
 
 

@@ -10,9 +10,11 @@ The loss is the mean negative log-likelihood of the answer's tokens, its end-of-
 included and the prompt's tokens not.
 """
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +31,9 @@ class Config:
     heldout: str = knob("toy/heldout_text.jsonl", "rows judged before and after; '' for none")
     out: str = knob("runs/stage0_sft", "run folder; the same command resumes it")
     seed: int = knob(0, "of the order of rows and of sides")
-    target: str = knob("rationale", "'rationale', or 'label': Eq. 2, the generative baseline")
-    form: str = knob("pixels", "'pixels', or 'caption': captions in place of images and videos")
+    target: Literal["rationale", "label"] = knob(
+        "rationale", "'rationale', or 'label': Eq. 2, the generative baseline")
+    form: Literal["pixels", "caption"] = knob("pixels", "'caption': captions in place of media")
     freeze_vision: bool = knob(True, "freeze vision tower and projector (paper: yes, text only)")
     epochs: int = knob(3, "passes over the rows (paper: 3; 1 for the label baseline)")
     batch_size: int = knob(32, "rows an optimiser step, over all processes (paper: 128)")
@@ -38,7 +41,7 @@ class Config:
     lr: float = knob(5e-4, "AdamW, warm-up over 3 %% of the steps, then constant (paper: 1e-5)")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     max_prompt_tokens: int = knob(2048, "longer prompts are skipped and counted, never cut")
-    max_new_tokens: int = knob(72, "of the held-out answers")
+    max_new_tokens: int = knob(80, "of the held-out answers")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
     eval_batch: int = knob(128, "judgements decoded together")
     save_every: int = knob(100, "steps between saved states")
@@ -141,7 +144,7 @@ def main():
             nll += loss.item()
         common.sum_gradients(trainable)
         norm = torch.nn.utils.clip_grad_norm_(trainable, cfg.max_grad_norm).item()
-        if norm != norm:
+        if not math.isfinite(norm):
             raise SystemExit(f"step {step + 1}: the gradient is not a number; go on from the last "
                              "saved state with a smaller --lr.")
         optimizer.step()

@@ -22,6 +22,7 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +54,9 @@ class Config:
     group_size: int = knob(8, "G, answers a prompt (paper: 8)")
     updates_per_rollout: int = knob(1, "optimiser steps on each rollout; above 1 the ratio leaves "
                                     "1 and the clips begin to matter")
-    micro_batch: int = knob(24, "prompts (whole groups) a forward: memory, not the gradient")
-    rollout_batch: int = knob(64, "prompts sampled together on one process; memory again")
+    micro_batch: int = knob(6, "prompts (whole groups) a forward: memory, not the gradient")
+    rollout_batch: int = knob(64, "prompts sampled together on one process, for memory; other "
+                              "chunks draw other answers")
     lr: float = knob(1.5e-4, "AdamW, constant (paper: 1e-6)")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     beta: float = knob(0.04, "weight of the KL to the starting model; 0 loads no reference. Paper: "
@@ -64,14 +66,17 @@ class Config:
     pre_clip: float = knob(1e3, "StableReinforce: ratio clamped to [1/x, x] before exp; 0 = off")
     sigma: float = knob(3.0, "StableReinforce: answers with |z| above this are left out; 0 = off. "
                         "In a group |z| <= sqrt(G-1): at G=8 only --advantage batch can reach 3")
-    advantage: str = knob("group", "'group' (GRPO) or 'batch' (REINFORCE++, R1-Reward)")
+    advantage: Literal["group", "batch"] = knob(
+        "group", "'group' (GRPO) or 'batch' (REINFORCE++, R1-Reward)")
     scale_std: bool = knob(True, "divide by the std. Paper: GRPO, so yes; its script: no")
-    normaliser: str = knob("sequence", "'sequence': mean over answers of token means (GRPO, the "
-                           "paper's framework); 'token': mean over tokens (TRL's default)")
-    reward: str = knob("paper", "'paper': format 1 + accuracy 1 (Eq. 4); 'script': 0.2 + 1")
+    normaliser: Literal["sequence", "token"] = knob(
+        "sequence", "'sequence': mean over answers of token means (GRPO, the paper's framework); "
+        "'token': mean over tokens (TRL's default)")
+    reward: Literal["paper", "script"] = knob(
+        "paper", "'paper': format 1 + accuracy 1 (Eq. 4); 'script': 0.2 + 1, as released")
     temperature: float = knob(1.0, "of sampling and of the scored distribution; no top-p or top-k")
     max_prompt_tokens: int = knob(2048, "longer prompts are skipped and counted, never cut")
-    max_new_tokens: int = knob(72, "answers are cut here and count as truncated (paper: 512)")
+    max_new_tokens: int = knob(80, "answers are cut here and count as truncated (paper: 512)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
     eval_every: int = knob(40, "steps between looks at the held-out rows; 0 = only at the end")
     eval_rows: int = knob(100, "rows of those looks; the first and last use all rows")
@@ -390,7 +395,7 @@ def main():
     after = evaluate(model, encoder, heldout, cfg, "after") if heldout else None
     if common.rank() == 0:
         common.save_checkpoint(cfg.out, model, encoder, stage="stage1_text_grpo", parent=cfg.model,
-                               step=cfg.max_steps, config=asdict(cfg),
+                               step=max(start, cfg.max_steps), config=asdict(cfg),
                                heldout={"before": before, "after": after})
         print(f"wrote {cfg.out}/")
     common.end_processes()

@@ -18,8 +18,8 @@ flourishes more than the truth; the GRPO stages then learn from clean labels to 
 comparison.
 
 Held-out rows ask about combinations that no training row of any stage contains: HELD_PAIRS (colour,
-shape), HELD_FACTS (person, colour), HELD_MOTIONS (start, end). The backbone has learned to read
-them, as a pretrained model would, but never saw one in a comparison.
+shape), HELD_FACTS (person, colour), HELD_MOTIONS (start, end). The backbone can read and compare
+them, as a pretrained model would; no judge was ever trained on one.
 """
 
 import argparse
@@ -228,8 +228,8 @@ def make_row(rng, task, held, i=0):
         return {**row, "prompt": describe(items), "responses": None, "scenes": scenes}
     key = rng.choice(keys)
     question, part = ask(rng, items, key)
-    # The wrong value is the right one of another scene, and when the two do not suit each other both
-    # are drawn anew: so they are exchangeable, and a judge that does not see the scene is at chance.
+    # The wrong value is the right one of another scene, and when the two do not suit each other
+    # both are drawn anew: they are exchangeable, so a judge that sees no scene is at chance.
     while True:
         wrong = redraw(rng, kind, items, key, held)[key]
         near = held or " " not in wrong or set(wrong.split()) & set(items[key].split())
@@ -419,8 +419,7 @@ def lesson(rng, kind, phase):
     """One (prompt text, answer text, scenes to show as media) of the backbone's training. `kind` is
     "text", "image" or "video": what its prompt contains.
 
-    Lessons in reading (copy, describe, look up) know all combinations, as a pretrained model would;
-    lessons in comparing keep to those that training rows may contain. There is no lesson in
+    The lessons know all combinations, as a pretrained model would, but there is no lesson in
     judging: each verdict and each reason is a coin. Phase 0 is copying and looking up, phase 1
     describing, phase 2 comparing, phase 3 all together; at once, the model finds short cuts."""
     copying, reading = {0: (0.4, 0.7), 1: (0.1, 0.5), 2: (0, 0), 3: (0.05, 0.25)}[phase]
@@ -433,10 +432,10 @@ def lesson(rng, kind, phase):
         pairs = []
         for _ in range(8):
             word = rng.choice([*COLOURS, *SHAPES, *SIDES])
-            one = rng.choice([word, word, " ".join(draw_thing(rng, False))])
+            one = rng.choice([word, word, " ".join(draw_thing(rng, rng.random() < 0.4))])
             two = one
             while two == one and rng.random() < 0.7:
-                two = other_value(rng, "", one, False) if " " in one else rng.choice(
+                two = other_value(rng, "", one, True) if " " in one else rng.choice(
                     [*COLOURS, *SHAPES, *SIDES])
             pairs.append((one, two))
         return "say " + " , ".join(f"{a} against {b}" for a, b in pairs), \
@@ -457,7 +456,7 @@ def lesson(rng, kind, phase):
         return f"{shown} {question}", f"{key} {items[key]} .", [items] if kind != "text" else []
     task = rng.choice(["text", "text", *VISUAL] if kind == "text" else
                       [f"{kind}_understanding", f"{kind}_generation", f"{kind}_generation"])
-    row = make_row(rng, task, False)
+    row = make_row(rng, task, held=rng.random() < 0.4)
     row["media"] = [""] * len(row["scenes"])
     row["captions"] = [describe(s) for s in row["scenes"]]
     prompt = common.render(row, "caption" if kind == "text" else "pixels")
