@@ -657,7 +657,7 @@ def main():
     if args.rebuild:
         rebuild(out / "backbone", args.seed)
     elif args.check:
-        check()
+        check(n=400)
     else:
         start = time.time()
         write_world(out, args.seed)
