@@ -48,7 +48,7 @@ class Config:
     heldout: str = knob("toy/heldout_text.jsonl", "rows judged before and after; '' for none")
     out: str = knob("runs/stage1_text_grpo", "run folder; the same command resumes it")
     seed: int = knob(0, "of the data order and of sampling")
-    max_steps: int = knob(160, "rollouts; each is followed by updates_per_rollout optimiser steps")
+    max_steps: int = knob(120, "rollouts; each is followed by updates_per_rollout optimiser steps")
     batch_size: int = knob(24, "prompts a rollout, over all processes. Paper: 'batch size of "
                            "128'; its script counts answers: 16 prompts x 8")
     group_size: int = knob(8, "G, answers a prompt (paper: 8)")
@@ -57,7 +57,7 @@ class Config:
     micro_batch: int = knob(6, "prompts (whole groups) a forward: memory, not the gradient")
     rollout_batch: int = knob(64, "prompts sampled together on one process, for memory; other "
                               "chunks draw other answers")
-    lr: float = knob(1.5e-4, "AdamW, constant (paper: 1e-6)")
+    lr: float = knob(1e-5, "AdamW, constant (paper: 1e-6)")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     beta: float = knob(0.04, "weight of the KL to the starting model; 0 loads no reference. Paper: "
                        "framework default 0.04; its script: 0")
@@ -78,7 +78,7 @@ class Config:
     max_prompt_tokens: int = knob(2048, "longer prompts are skipped and counted, never cut")
     max_new_tokens: int = knob(80, "answers are cut here and count as truncated (paper: 512)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
-    eval_every: int = knob(40, "steps between looks at the held-out rows; 0 = only at the end")
+    eval_every: int = knob(20, "steps between looks at the held-out rows; 0 = only at the end")
     eval_rows: int = knob(100, "rows of those looks; the first and last use all rows")
     eval_batch: int = knob(128, "judgements decoded together")
     save_every: int = knob(20, "steps between saved states")
