@@ -75,7 +75,7 @@ class Config:
     reward: Literal["paper", "script"] = knob(
         "paper", "'paper': format 1 + accuracy 1 (Eq. 4); 'script': 0.2 + 1, as released")
     temperature: float = knob(1.0, "of sampling and of the scored distribution; no top-p or top-k")
-    max_prompt_tokens: int = knob(2048, "longer prompts are skipped and counted, never cut")
+    max_prompt_tokens: int = knob(1024, "longer prompts are skipped and counted, never cut")
     max_new_tokens: int = knob(80, "answers are cut here and count as truncated (paper: 512)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
     eval_every: int = knob(20, "steps between looks at the held-out rows; 0 = only at the end")
