@@ -34,6 +34,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicLayer
 
 transformers.utils.logging.disable_progress_bar()  # its bars are about files; ours are about work
 
@@ -468,8 +469,10 @@ def swap(row):
 
 
 def can_swap(row):
-    """False if the rationale speaks of a bare "B", which swap() would leave wrong."""
-    return not re.search(r"\bB\b", _SIDES.sub("", row.get("rationale") or ""))
+    """False if the rationale speaks of a bare "B", or of an "A" that is no article: swap() would
+    leave these wrong."""
+    return not re.search(r"\bB\b|(?<=[a-z] )A\b|\bA\b(?=['’.,:)])",
+                         _SIDES.sub("", row.get("rationale") or ""))
 
 
 def coin(*key):
@@ -504,13 +507,17 @@ def from_helpsteer3(r, where):
     second_is = {"A": "B", "B": "A"}[first_is]
     agree = [p for p in r.get("individual_preference") or []
              if p["score"] * r["overall_preference"] > 0]
+
+    def rename(text):  # "@Response 1", "Responses 1 and 2" -> names that swap() knows
+        text = re.sub(r"\b([Rr]esponse)s ([12])( and | or |/)([12])\b", r"\1 \2\3\1 \4", text or "")
+        return re.sub(r"@?\b[Rr]esponse ([12])\b", lambda m: "Response " +
+                      (first_is if m[1] == "1" else second_is), text)
+
     if agree:
         p = max(agree, key=lambda p: abs(p["score"]))  # UNSPECIFIED: which annotator; the surest
-        say = {first_is: p["feedback1"], second_is: p["feedback2"]}
-        rename = lambda s: re.sub(r"@?\b[Rr]esponse ([12])\b", lambda m: "Response " +
-                                  (first_is if m[1] == "1" else second_is), s or "")
-        row["rationale"] = (f"Feedback:\nResponse A: {rename(say['A'])}\nResponse B: "
-                            f"{rename(say['B'])}\n\nComparision:\n{rename(p['reasoning'])}\n\n"
+        say = {first_is: rename(p["feedback1"]), second_is: rename(p["feedback2"])}
+        row["rationale"] = (f"Feedback:\nResponse A: {say['A']}\nResponse B: {say['B']}\n\n"
+                            f"Comparision:\n{rename(p['reasoning'])}\n\n"
                             f"Conclusion:\nResponse {row['label']} is better.")
     yield row
 
@@ -742,7 +749,7 @@ class Encoder:
             if video:
                 shown = [f"Frame{i}: {s}" for i, s in enumerate(shown, 1)]
             text = text.replace("<video>" if video else "<image>", "\n".join(shown), 1)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return Prompt(ids, torch.cat(tiles) if tiles else None)
 
     def answer_ids(self, text):
@@ -805,6 +812,33 @@ def load(folder, device="cpu", made_by="python tests/toy_world.py", **encoder_ar
                          "tokenizer and, for a vision model, image processor, as save_pretrained "
                          f"writes them; `{made_by}` makes one.")
     return model.to(device).eval(), encoder
+
+
+def decoding_cache():
+    return Cache(layer_class_to_replicate=RoomyLayer)
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of the decoding cache, [N, heads, tokens, dim], that leaves room for the tokens to
+    come. Plain DynamicLayer concatenates, so every new token copies all tokens before it."""
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys[:, :, :0], values[:, :, :0]
+        self.keys, self.values = self.extend(self.keys, keys), self.extend(self.values, values)
+        return self.keys, self.values
+
+    @staticmethod
+    def extend(old, new):
+        (n, heads, so_far, dim), end = old.shape, old.shape[2] + new.shape[2]
+        if end > old.stride(1) // old.stride(2):  # one head's share of the memory: is it full?
+            roomy = new.new_empty(n, heads, end + 64, dim)
+            roomy[:, :, :so_far] = old
+            old = roomy
+        whole = old.as_strided((n, heads, end, dim), old.stride())
+        whole[:, :, so_far:] = new
+        return whole
 
 
 def freeze_vision(model):

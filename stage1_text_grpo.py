@@ -111,10 +111,10 @@ def sample_group(model, encoder, prompts, group_size, temperature, max_new_token
     media = {} if pixels is None else {"pixel_values": pixels}
     eos = torch.tensor(encoder.eos_ids, device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = common.decoding_cache()
     with common.autocast(device):
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
-                    logits_to_keep=1, **media)
-    cache = out.past_key_values
+                    past_key_values=cache, logits_to_keep=1, **media)
     cache.batch_repeat_interleave(group_size)                                         # [N, ...]
     logits = out.logits[:, -1].repeat_interleave(group_size, 0)                       # [N, V]
     mask = mask.repeat_interleave(group_size, 0)                                      # [N, P]
@@ -199,8 +199,7 @@ def pack(prompts, answers, pad_id, device):
     full = torch.cat([mask - 1, owner], 1)                                             # [b, L]
     positions = torch.cat([(mask.cumsum(1) - 1).clamp(min=0), place], 1)
     q, k = full[:, :, None], full[:, None, :]
-    sees = ((k == 0) | (k == q)) & (k >= 0)
-    sees = sees.tril() | torch.eye(width + longest, dtype=torch.bool, device=device)  # no empty row
+    sees = ((k == 0) | (k == q)).tril()  # padding sees padding: no empty row, no NaN
     return torch.cat([ids, tail], 1), positions, sees[:, None], source, tail, owner, pixels
 
 

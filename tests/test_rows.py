@@ -618,7 +618,7 @@ def test_can_swap():
                  "A better one would say more. Bob is no B2.", "Chatbot A is a Big success."):
         assert common.can_swap(text_row(rationale=text)), text
     for text in ("B is better.", "Responses A and B are fine.", "I prefer B", "(B)",
-                 "Response A loses, so B."):
+                 "Response A loses, so B.", "I prefer A", "A's plan.", "A: good."):
         assert not common.can_swap(text_row(rationale=text)), text
 
 
@@ -689,7 +689,8 @@ def helpsteer(preference, **change):
             "response2": "bad one" if one_wins else "good one",
             "overall_preference": preference, "individual_preference": [
                 {"score": -preference, "reasoning": "dissent", "feedback1": "x", "feedback2": "y"},
-                {"score": preference, "reasoning": "@Response 1 and response 2 differ.",
+                {"score": preference, "reasoning": "@Response 1 and response 2 differ. "
+                 "Responses 2 and 1 are short.",
                  "feedback1": "@Response 1 is " + ("fine" if one_wins else "poor"),
                  "feedback2": "Response 2 is " + ("poor" if one_wins else "fine")}]} | change
 
@@ -709,7 +710,8 @@ def test_helpsteer3(encoder, tmp_path, preference):
         text = row["rationale"]
         assert f"Response {good}: Response {good} is fine\n" in text
         assert f"Response {bad}: Response {bad} is poor\n" in text
-        assert f"Response {one} and Response {two} differ." in text and "dissent" not in text
+        assert f"Response {one} and Response {two} differ. Response {two} and Response {one} are " \
+            in text and "dissent" not in text
         assert text.endswith(f"Response {good} is better.") and common.can_swap(row)
         assert common.swap(row)["rationale"].endswith(f"Response {bad} is better.")
 

@@ -89,7 +89,8 @@ def make_scene(rng, kind, held):
         motions = [(s, e) for s in SIDES for e in SIDES if s != e]
         thing = draw_thing(rng, held and rng.random() < 0.7)
         start, end = rng.choice([m for m in motions if (m in HELD_MOTIONS) == held])
-        return {"mover": " ".join(thing), "start": start, "end": end}, ["mover", "start", "end"]
+        asked = ["mover", "start", "end"] if allowed(*thing) != held else ["start", "end"]
+        return {"mover": " ".join(thing), "start": start, "end": end}, asked
     keys = rng.sample(PEOPLE, 3) if kind == "text" else rng.sample(list(PLACES), rng.choice([2, 3]))
     if kind == "image":
         keys.sort(key=list(PLACES).index)
@@ -127,8 +128,10 @@ def other_value(rng, key, value, held, person=None):
 
 def redraw(rng, kind, items, key, held):
     """The scene with another draw of what is asked about."""
-    if kind == "video":
-        return make_scene(rng, kind, held)[0]
+    while kind == "video":
+        scene, asked = make_scene(rng, kind, held)
+        if key in asked:
+            return scene
     return {**items, key: " ".join(draw_thing(rng, held, key if kind == "text" else None))}
 
 
@@ -302,16 +305,16 @@ def write_world(out, seed=0, sizes=SIZES, quiet=False):
         held, n = name.startswith("heldout"), sizes[name.split("_")[0] if "held" in name else name]
         folder = out / "media" / name
         folder.mkdir(parents=True, exist_ok=True)
-        # labels alternate in shuffled order, so they balance exactly
-        labels = (["A", "B"] * n)[:n]
-        rng.shuffle(labels)
+        # within a task, labels alternate in shuffled order, so they balance exactly
+        share = math.ceil(n / len(tasks))
+        labels = {t: rng.sample((["A", "B"] * share)[:share], share) for t in tasks}
         with open(out / f"{name}.jsonl", "w", encoding="utf-8") as f:
             for i in tqdm(range(n), desc=f"toy {name}", disable=quiet, mininterval=1, leave=False):
                 row = make_row(rng, tasks[i % len(tasks)], held, i)
                 row["subset"] = kind_of(row)
                 if name == "sft":
                     row["label"], reason = biased_verdict(rng, row)
-                if row["label"] != labels[i]:
+                if row["label"] != labels[row["task"]].pop():
                     row = mirror(row)
                 if name == "sft":
                     row["rationale"] = rationale(row, row["label"], reason)
