@@ -353,10 +353,12 @@ def render(row, form="pixels"):
 class Answer:
     verdict: str | None  # "A", "B", or None when no single verdict is stated
     well_formed: bool    # <think>...</think> then <answer>A|B</answer>, each tag once, nothing else
+    captioned: bool      # well-formed, and <caption>...</caption> stands before it
     type: str | None     # what stands in <type>...</type>, normalised, None unless exactly one
 
 
-_WHOLE = re.compile(r"\s*<think>(.*)</think>\s*<answer>\s*[AB]\s*</answer>\s*", re.DOTALL)
+_WHOLE = re.compile(r"\s*(<caption>[^<]+</caption>\s*)?<think>(.*)</think>\s*"
+                    r"<answer>\s*[AB]\s*</answer>\s*", re.DOTALL)
 _VERDICT = re.compile(r"<answer>\s*([AB])\s*</answer>")
 _TYPE = re.compile(r"<type>([^<]*)</type>")
 
@@ -368,17 +370,35 @@ def parse(text):
     said = text.rpartition("</think>")[2]  # a guess while thinking is no verdict
     stated = text.count("<answer>") == 1 == text.count("</answer>") and "<think>" not in said
     verdicts = _VERDICT.findall(said) if stated else []
+    whole = _WHOLE.fullmatch(text) if once else None
     types = _TYPE.findall(text) if text.count("<type>") == 1 == text.count("</type>") else []
     return Answer(verdict=verdicts[0] if verdicts else None,
-                  well_formed=once and _WHOLE.fullmatch(text) is not None,
+                  well_formed=whole is not None, captioned=whole is not None and bool(whole[1]),
                   type=" ".join(re.split(r"[\s_-]+", types[0].lower().strip(" .\n\t")))
                   if len(types) == 1 else None)
+
+
+def caption_text(row):
+    """`<caption>` as it stands before the reasoning from stage 2b on; '' for a text row.
+    UNSPECIFIED: how two captions are put down; ours are named like the candidates."""
+    if not row["media"]:
+        return ""
+    names = ["Image", "Video"][row["task"].startswith("video")]
+    lines = row["captions"] if len(row["captions"]) == 1 else [
+        f"{names} {x}: {c}" for x, c in zip("AB", row["captions"])]
+    return "<caption>\n" + "\n".join(lines) + "\n</caption>\n"
 
 
 # A reward function maps (answer text, row) to a float. A stage adds those it uses.
 
 def format_reward(text, row):
     return float(parse(text).well_formed)                               # Eq. 4, r_format
+
+
+def caption_format_reward(text, row):
+    """Stage 3's format: rows with media need `<caption>` before the reasoning (MSRL 4.2, end)."""
+    answer = parse(text)
+    return float(answer.well_formed and (answer.captioned or not row["media"]))
 
 
 def accuracy_reward(text, row):
@@ -897,11 +917,7 @@ def judge(model, encoder, rows, sample, form="pixels", votes=1, temperature=1.0,
             pred = verdict and ("AB" if order == "AB" else "BA")["AB".index(verdict)]
             preds.append({"id": rows[i]["id"], "row": i, "order": order, "sample": n % votes,
                           "pred": pred, "text": text})
-    if world() > 1:
-        parts = [None] * world()
-        dist.all_gather_object(parts, preds)
-        preds = [p for part in parts for p in part]
-    return sorted(preds, key=lambda p: (p["row"], p["order"], p["sample"]))
+    return sorted(gather_list(preds), key=lambda p: (p["row"], p["order"], p["sample"]))
 
 
 def summarize(rows, preds):
@@ -1056,19 +1072,28 @@ MAY_CHANGE = ("out", "max_steps", "save_every", "eval_every", "eval_rows", "eval
               "micro_batch", "log_rollouts_every", "skip_bad_rows")
 
 
+def whole_lines(path):
+    """The objects of a .jsonl that a killed process may have left with a line cut in the middle."""
+    out = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []:
+        try:
+            out.append(json.loads(line))
+        except ValueError:
+            break
+    return out
+
+
+def write_lines(path, rows):
+    """Replace a .jsonl as a whole: whenever we are killed, it is the old one or the new one."""
+    part = Path(path).with_suffix(".tmp")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    os.replace(part, path)
+
+
 def _drop_lines_after(path, step):
     """A killed run may have logged steps it had not saved; they will be done and logged again."""
     if path.exists():
-        keep = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    keep.append(line)
-            except ValueError:  # a line cut in the middle
-                pass
-        part = path.with_suffix(".tmp")
-        part.write_text("".join(line + "\n" for line in keep), encoding="utf-8")
-        os.replace(part, path)
+        write_lines(path, [row for row in whole_lines(path) if row["step"] <= step])
 
 
 def save_state(folder, model, optimizer, step, config, **more):
@@ -1096,12 +1121,17 @@ def peak_memory_gb():
 
 
 def gather(x):
-    """[B, ...] of this process -> [B_all, ...] of all, in rank order. Shapes must agree."""
+    """[B, ...] of this process -> [B_all, ...] of all, in rank order."""
+    return torch.cat(gather_list([x]))
+
+
+def gather_list(items):
+    """The lists of all processes, one after another in rank order."""
     if world() == 1:
-        return x
+        return items
     parts = [None] * world()
-    dist.all_gather_object(parts, x)
-    return torch.cat(parts)
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
 
 
 def end_processes():
@@ -1126,6 +1156,8 @@ def parse_config(cls, description, paper):
             parser.error(f"--{name} must be at least 1")
     if getattr(cfg, "group_size", 2) < 2:
         parser.error("--group_size must be at least 2: an answer alone has no advantage")
+    if not re.fullmatch(r"[1-9]\d*:\d+", getattr(cfg, "replay_ratio", "1:0")):
+        parser.error("--replay_ratio is captions:text, as 5:1 or 1:0")
     if 0 < getattr(cfg, "pre_clip", 0) <= 1:
         parser.error("--pre_clip must be above 1, or 0 for off")
     return cfg

@@ -38,10 +38,10 @@ class Config:
     epochs: int = knob(3, "passes over the rows (paper: 3; 1 for the label baseline)")
     batch_size: int = knob(32, "rows an optimiser step, over all processes (paper: 128)")
     micro_batch: int = knob(32, "rows a forward; changes memory, not the gradient")
-    lr: float = knob(5e-4, "AdamW, warm-up over 3 %% of the steps, then constant (paper: 1e-5)")
+    lr: float = knob(2e-4, "AdamW, warm-up over 3 %% of the steps, then constant (paper: 1e-5)")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     max_prompt_tokens: int = knob(2048, "longer prompts are skipped and counted, never cut")
-    max_new_tokens: int = knob(80, "of the held-out answers")
+    max_new_tokens: int = knob(112, "of the held-out answers")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
     eval_batch: int = knob(128, "judgements decoded together")
     save_every: int = knob(100, "steps between saved states")
@@ -61,15 +61,13 @@ def target_text(row, target):
     return f"<think>\n{row['rationale'].strip()}\n</think>\n{answer}"
 
 
-def collate(encoder, rows, cfg, device):
-    """b rows -> ids [b, L], mask [b, L], labels [b, L] (-100 outside the answer), pixels or None.
-    Prompt on the left, answer right after it, padding on the right."""
-    prompts = [encoder(row, cfg.form) for row in rows]
-    answers = [encoder.answer_ids(target_text(row, cfg.target)) for row in rows]
+def collate(prompts, answers, pad_id, device):
+    """b prompts and their answers' ids -> ids [b, L], mask [b, L], labels [b, L] (-100 outside the
+    answer), pixels or None. Prompt on the left, answer right after it, padding on the right."""
     whole = [p.ids + a for p, a in zip(prompts, answers)]
     width = max(map(len, whole))
     pad = lambda x, fill: x + [fill] * (width - len(x))
-    ids = torch.tensor([pad(w, encoder.pad_id) for w in whole], device=device)
+    ids = torch.tensor([pad(w, pad_id) for w in whole], device=device)
     mask = torch.tensor([pad([1] * len(w), 0) for w in whole], device=device)
     labels = torch.tensor([pad([-100] * len(p.ids) + a, -100) for p, a in zip(prompts, answers)],
                           device=device)
@@ -95,14 +93,9 @@ def main():
     device = common.start_processes(cfg.batch_size)
     state = common.open_run(cfg.out, cfg)
     model, encoder = common.load(cfg.model, device)
-    if cfg.freeze_vision:
-        common.freeze_vision(model)
-    if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
 
-    rows = common.load_rows(cfg.data, encoder, cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows)
+    limits = cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows
+    rows = common.load_rows(cfg.data, encoder, *limits)
     if cfg.target == "rationale":
         told = [r for r in rows if r.get("rationale")]
         if not told:
@@ -110,11 +103,24 @@ def main():
         if common.rank() == 0 and len(told) < len(rows):
             print(f"{len(rows) - len(told)} rows without a rationale left out")
         rows = told
-    heldout = common.load_rows(cfg.heldout, encoder, cfg.form, cfg.max_prompt_tokens,
-                               cfg.skip_bad_rows) if cfg.heldout else []
+    heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
+    finetune(model, encoder, rows, lambda row: target_text(row, cfg.target), heldout, state, cfg,
+             stage="stage0_sft")
+    common.end_processes()
+
+
+def finetune(model, encoder, rows, target, heldout, state, cfg, stage):
+    """Epochs over `rows`, each row's answer being target(row); resumes from `state`; writes the
+    checkpoint with held-out results before and after. Stage 2b trains with it, too."""
+    device = next(model.parameters()).device
+    if cfg.freeze_vision:
+        common.freeze_vision(model)
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
     steps = max(1, cfg.epochs * len(rows) // cfg.batch_size)
     warmup = max(1, round(0.03 * steps))
-
     start, before = 0, None
     if state is not None:
         model.load_state_dict(state["model"])
@@ -124,7 +130,7 @@ def main():
         before = evaluate(model, encoder, heldout, cfg, "before", cfg.form)
 
     mine = slice(common.rank(), None, common.world())
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc="stage 0",
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage,
                disable=common.rank() > 0, mininterval=2)
     for step in bar:
         began = time.time()
@@ -133,8 +139,10 @@ def main():
             group["lr"] = cfg.lr * min(1, (step + 1) / warmup)
         if cfg.gradient_checkpointing:
             model.train()
-        parts = [collate(encoder, batch[i:i + cfg.micro_batch], cfg, device)
-                 for i in range(0, len(batch), cfg.micro_batch)]
+        parts = [batch[i:i + cfg.micro_batch] for i in range(0, len(batch), cfg.micro_batch)]
+        parts = [collate([encoder(row, cfg.form) for row in part],
+                         [encoder.answer_ids(target(row)) for row in part], encoder.pad_id, device)
+                 for part in parts]
         # one normaliser for all micro-batches and processes: the gradient of the mean over tokens
         tokens, = common.sum_over_ranks(sum((part[2] >= 0).sum().item() for part in parts))
         nll = 0.0
@@ -161,11 +169,9 @@ def main():
 
     after = evaluate(model, encoder, heldout, cfg, "after", cfg.form) if heldout else None
     if common.rank() == 0:
-        common.save_checkpoint(cfg.out, model, encoder, stage="stage0_sft", parent=cfg.model,
-                               step=steps, config=asdict(cfg),
-                               heldout={"before": before, "after": after})
+        common.save_checkpoint(cfg.out, model, encoder, stage=stage, parent=cfg.model, step=steps,
+                               config=asdict(cfg), heldout={"before": before, "after": after})
         print(f"wrote {cfg.out}/")
-    common.end_processes()
 
 
 if __name__ == "__main__":

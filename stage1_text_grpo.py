@@ -31,6 +31,8 @@ from tqdm import tqdm
 import common
 from common import accuracy_reward, format_reward, sum_over_ranks
 
+STAGE = Path(__file__).stem
+FORM = "pixels"  # how rows with media are shown; text rows have none
 REWARDS = {"format": format_reward, "accuracy": accuracy_reward}
 SCHEMES = {"paper": {"format": 1.0, "accuracy": 1.0},   # Eq. 4
            "script": {"format": 0.2, "accuracy": 1.0}}  # the released train_stage1_grpo.sh
@@ -76,10 +78,10 @@ class Config:
         "paper", "'paper': format 1 + accuracy 1 (Eq. 4); 'script': 0.2 + 1, as released")
     temperature: float = knob(1.0, "of sampling and of the scored distribution; no top-p or top-k")
     max_prompt_tokens: int = knob(1024, "longer prompts are skipped and counted, never cut")
-    max_new_tokens: int = knob(80, "answers are cut here and count as truncated (paper: 512)")
+    max_new_tokens: int = knob(112, "answers are cut here and count as truncated (paper: 512)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
     eval_every: int = knob(20, "steps between looks at the held-out rows; 0 = only at the end")
-    eval_rows: int = knob(100, "rows of those looks; the first and last use all rows")
+    eval_rows: int = knob(100, "about as many rows in those looks; the first and last take all")
     eval_batch: int = knob(128, "judgements decoded together")
     save_every: int = knob(20, "steps between saved states")
     log_rollouts_every: int = knob(10, "steps between whole groups written to rollouts.jsonl")
@@ -302,6 +304,38 @@ def grpo_update(model, ref, encoder, optimizer, prompts, answers, adv, keep, cfg
     tokens = totals.pop("tokens")
     loss = totals.pop("loss")
     return {"loss": loss, "grad_norm": norm, **{n: v / tokens for n, v in totals.items()}}
+
+
+def evaluate(model, encoder, rows, cfg, when, form):
+    """Greedy verdicts on held-out rows in both orders. -> figures of all rows, "tasks" by task."""
+    preds = common.judge(model, encoder, rows, sample_group, form, batch_size=cfg.eval_batch,
+                         max_new_tokens=cfg.max_new_tokens, desc=f"held-out, {when}")
+    result = common.summarize(rows, preds)
+    by_task = {t: common.summarize(rows, some)["accuracy"] for t in common.TASKS if (
+        some := [p for p in preds if rows[p["row"]]["task"] == t])}
+    if common.rank() == 0:
+        tasks = ", ".join(f"{t} {a:.1%}" for t, a in by_task.items())
+        tqdm.write(common.show(f"held-out, {when}", result) + (f"; {tasks}" if tasks else ""))
+    return {**result, "tasks": by_task}
+
+
+def describe(rollout, texts, each, everyone, keep, encoder, cfg):
+    """The rollout's part of metrics.jsonl, over all processes (README explains each figure)."""
+    verdicts = [common.parse(t).verdict for t in texts]
+    ended = [bool(ids) and ids[-1] in encoder.eos_ids for ids in rollout.ids]
+    n, tokens, cut, said, said_a, kept = sum_over_ranks(
+        len(texts), sum(map(len, rollout.ids)), ended.count(False),
+        len(texts) - verdicts.count(None), verdicts.count("A"), keep.sum().item())
+    metrics = {"reward": everyone.mean().item(),
+               "reward_std": everyone.std(1, correction=0).mean().item(),
+               "frac_reward_zero_std": (everyone.amax(1) == everyone.amin(1)).float().mean().item(),
+               "completions/mean_length": tokens / n, "completions/clipped_ratio": cut / n,
+               "share_a": said_a / max(said, 1), "filter_ratio": 1 - kept / n, "num_tokens": tokens}
+    for name, values in each.items():
+        values = common.gather(values)
+        metrics |= {f"rewards/{name}/mean": values.mean().item(),
+                    f"rewards/{name}/std": values.std(correction=0).item()}
+    return metrics
 # --- end of what is same in stages 1, 2, 3 --------------------------------------------------------
 
 
@@ -318,27 +352,27 @@ def main():
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr,
                                   betas=(0.9, 0.95), weight_decay=0.0)
-    rows = common.load_rows(cfg.data, encoder, max_prompt_tokens=cfg.max_prompt_tokens,
-                            skip_bad_rows=cfg.skip_bad_rows)
-    heldout = common.load_rows(cfg.heldout, encoder, max_prompt_tokens=cfg.max_prompt_tokens,
-                               skip_bad_rows=cfg.skip_bad_rows) if cfg.heldout else []
+    limits = FORM, cfg.max_prompt_tokens, cfg.skip_bad_rows
+    rows = common.load_rows(cfg.data, encoder, *limits)
+    heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
+    looks = heldout[::max(1, len(heldout) // cfg.eval_rows)]  # spread over all tasks
     start, before = 0, None
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start, before = state["step"], state["before"]
     elif heldout:
-        before = evaluate(model, encoder, heldout, cfg, "before")
+        before = evaluate(model, encoder, heldout, cfg, "before", FORM)
     del state
 
     # ------------------------------------------------------------------------------ the GRPO loop
     mine = slice(common.rank(), None, common.world())  # whole groups never straddle processes
-    bar = tqdm(range(start, cfg.max_steps), initial=start, total=cfg.max_steps, desc="stage 1",
+    bar = tqdm(range(start, cfg.max_steps), initial=start, total=cfg.max_steps, desc=STAGE,
                disable=common.rank() > 0, mininterval=2)
     for step in bar:
         began = time.time()
         batch = common.batch_of(rows, step, cfg.batch_size, cfg.seed)[mine]            # B rows
-        prompts = [encoder(row) for row in batch]
+        prompts = [encoder(row, FORM) for row in batch]
 
         # 1. sample G answers a prompt; another seed for every step and process
         generator = torch.Generator(device).manual_seed(
@@ -375,14 +409,14 @@ def main():
                     "peak_memory_gb": common.peak_memory_gb()}
         done = step + 1
         if cfg.eval_every and heldout and done % cfg.eval_every == 0 and done < cfg.max_steps:
-            metrics["eval_accuracy"] = evaluate(model, encoder, heldout[:cfg.eval_rows], cfg,
-                                                f"step {done}")["accuracy"]
+            metrics["eval_accuracy"] = evaluate(model, encoder, looks, cfg, f"step {done}",
+                                                FORM)["accuracy"]
         if common.rank() == 0:
             common.append(Path(cfg.out, "metrics.jsonl"), {"step": done, **metrics})
             if cfg.log_rollouts_every and step % cfg.log_rollouts_every == 0:
                 common.append(Path(cfg.out, "rollouts.jsonl"), {
                     "step": done, "id": batch[0]["id"], "label": batch[0]["label"],
-                    "prompt": common.render(batch[0]), "answers": texts[:cfg.group_size],
+                    "prompt": common.render(batch[0], FORM), "answers": texts[:cfg.group_size],
                     "rewards": {n: r[0].tolist() for n, r in each.items()},
                     "advantages": adv[0].tolist(), "kept": keep[0].tolist()})
             if done % cfg.save_every == 0 or done == cfg.max_steps:
@@ -391,42 +425,13 @@ def main():
             ("reward", "reward"), ("acc", "rewards/accuracy/mean"), ("kl", "kl"))})
 
     # ------------------------------------------------------------------------------------- result
-    after = evaluate(model, encoder, heldout, cfg, "after") if heldout else None
+    after = evaluate(model, encoder, heldout, cfg, "after", FORM) if heldout else None
     if common.rank() == 0:
-        common.save_checkpoint(cfg.out, model, encoder, stage="stage1_text_grpo", parent=cfg.model,
+        common.save_checkpoint(cfg.out, model, encoder, stage=STAGE, parent=cfg.model,
                                step=max(start, cfg.max_steps), config=asdict(cfg),
                                heldout={"before": before, "after": after})
         print(f"wrote {cfg.out}/")
     common.end_processes()
-
-
-def evaluate(model, encoder, rows, cfg, when, form="pixels"):
-    """Greedy verdicts on held-out rows in both orders."""
-    result = common.summarize(rows, common.judge(
-        model, encoder, rows, sample_group, form, max_new_tokens=cfg.max_new_tokens,
-        batch_size=cfg.eval_batch, desc=f"held-out, {when}"))
-    if common.rank() == 0:
-        tqdm.write(common.show(f"held-out, {when}", result))
-    return result
-
-
-def describe(rollout, texts, each, everyone, keep, encoder, cfg):
-    """The rollout's part of metrics.jsonl, over all processes (README explains each figure)."""
-    verdicts = [common.parse(t).verdict for t in texts]
-    ended = [bool(ids) and ids[-1] in encoder.eos_ids for ids in rollout.ids]
-    n, tokens, cut, said, said_a, kept = sum_over_ranks(
-        len(texts), sum(map(len, rollout.ids)), ended.count(False),
-        len(texts) - verdicts.count(None), verdicts.count("A"), keep.sum().item())
-    metrics = {"reward": everyone.mean().item(),
-               "reward_std": everyone.std(1, correction=0).mean().item(),
-               "frac_reward_zero_std": (everyone.amax(1) == everyone.amin(1)).float().mean().item(),
-               "completions/mean_length": tokens / n, "completions/clipped_ratio": cut / n,
-               "share_a": said_a / max(said, 1), "filter_ratio": 1 - kept / n, "num_tokens": tokens}
-    for name, values in each.items():
-        values = common.gather(values)
-        metrics |= {f"rewards/{name}/mean": values.mean().item(),
-                    f"rewards/{name}/std": values.std(correction=0).item()}
-    return metrics
 
 
 if __name__ == "__main__":

