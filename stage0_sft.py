@@ -158,7 +158,7 @@ def finetune(model, encoder, rows, target, heldout, state, cfg, stage):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         nll, = common.sum_over_ranks(nll)
-        bar.set_postfix(loss=f"{nll:.3f}")
+        bar.set_postfix(loss=f"{nll:.3f}", refresh=False)
         if common.rank() == 0:
             seconds = time.time() - began
             common.append(Path(cfg.out, "metrics.jsonl"), {

@@ -422,7 +422,7 @@ def main():
             if done % cfg.save_every == 0 or done == cfg.max_steps:
                 common.save_state(cfg.out, model, optimizer, done, cfg, before=before)
         bar.set_postfix({k: f"{metrics.get(name, 0):.3g}" for k, name in (
-            ("reward", "reward"), ("acc", "rewards/accuracy/mean"), ("kl", "kl"))})
+            ("reward", "reward"), ("acc", "rewards/accuracy/mean"), ("kl", "kl"))}, refresh=False)
 
     # ------------------------------------------------------------------------------------- result
     after = evaluate(model, encoder, heldout, cfg, "after", FORM) if heldout else None

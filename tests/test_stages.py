@@ -1,0 +1,261 @@
+"""
+Stages 2, 2b and 3: what they add to stage 1. The prebuilt backbone is the model, because its
+answers are mostly well-formed and its verdicts a coin. "kills:" names wrong versions of the source
+under which a test was seen to fail.
+"""
+
+import json
+import random
+
+import pytest
+import toy_world
+from safetensors.torch import load_file
+from test_runs import (  # noqa: F401  (two of them are fixtures)
+    ROOT, cpu_only, lines, one_thread, run_here, same_weights, torchrun)
+
+import common
+import stage2_caption_grpo as stage2
+import stage2b_cmkd as cmkd
+import stage3_mm_grpo as stage3
+
+OTHER = {"A": "B", "B": "A"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    sizes = {"sft": 1, "text_rl": 12, "caption_rl": 12, "mm_rl": 12, "heldout": 2}
+    toy_world.write_world(folder, seed=0, sizes=sizes, quiet=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return common.load(toy_world.PREBUILT)
+
+
+def flags(**args):
+    return [x for k, v in args.items() for x in (f"--{k}", v)]
+
+
+# ----------------------------------------------------------------------------------- 2b: selection
+def answer(verdict, inside="right .", form="<think>\n{}\n</think>\n<answer>\n{}\n</answer>"):
+    return form.format(inside, verdict)
+
+
+def malformed(verdict):
+    return f"<answer>{verdict}</answer>"
+
+
+@pytest.mark.parametrize("texts, confidences, want", [
+    # the surest of the majority; surer ones of the minority do not count
+    ([answer("A"), answer("B"), answer("A"), answer("A")], [-3, -1, -2, -4], (2, None)),
+    # votes of malformed answers count, but they are not kept, however sure
+    ([malformed("B"), malformed("B"), answer("B"), answer("A"), answer("A")],
+     [-1, -1, -9, -1, -1], (2, None)),
+    ([malformed("B"), malformed("B"), answer("A")], [-1, -1, -1], (None, "malformed")),
+    # what has no verdict has no vote
+    (["hm", "A", answer("C"), answer("B")], [-1, -1, -1, -5], (3, None)),
+    (["hm", "A", ""], [-1, -1, -1], (None, "no verdict")),
+    ([answer("A"), answer("B"), "hm"], [-1, -2, -1], (None, "tie")),
+    ([answer("A")], [-7], (0, None)),
+])
+def test_selection_by_hand(texts, confidences, want):
+    # kills: confidence before majority, format before the vote, a tie won by the first, min for max
+    assert cmkd.select(texts, confidences) == want
+
+
+def test_the_report_counts_every_row_once():
+    rows = [{"id": str(i), "label": "A"} for i in range(5)]
+    samples = [{"texts": t, "confidences": list(range(len(t)))} for t in (
+        [answer("A"), answer("A", "left .")], [answer("B")], [answer("A"), answer("B")],
+        [malformed("A")], [""])]
+    kept, report = cmkd.distilled(rows, samples)
+    assert [(r["id"], r["label"], r["rationale"]) for r in kept] == [
+        ("0", "A", "left ."), ("1", "B", "right .")]
+    assert report == {"rows": 5, "kept": 2, "tie": 1, "malformed": 1, "no verdict": 1,
+                      "pseudo-label accuracy": 0.5}
+
+
+def config(out, **more):
+    return cmkd.Config(model=str(toy_world.PREBUILT), out=str(out), samples=3, rollout_batch=5,
+                       **more)
+
+
+def test_gold_labels_play_no_part(world, loaded, tmp_path):
+    # Flip every label: the same rows are kept, with the same targets. kills: rows of the wrong
+    # pseudo-label dropped, the gold label taught, the row's own rationale shown
+    rows = common.load_rows(str(world / "caption_rl.jsonl"), loaded[1], "caption", quiet=True)
+    got = []
+    for name, label in (("gold", lambda x: x), ("flipped", OTHER.get)):
+        (tmp_path / name).mkdir()
+        some = [{**r, "label": label(r["label"])} for r in rows]
+        samples = cmkd.distill(*loaded, some, config(tmp_path / name))
+        got.append(cmkd.distilled(some, samples))
+    (a, told), (b, other) = got
+    assert len(a) >= 3 and a == b and [*map(cmkd.target_text, a)] == [*map(cmkd.target_text, b)]
+    assert told["pseudo-label accuracy"] == pytest.approx(1 - other["pseudo-label accuracy"])
+
+
+def test_the_confidence_is_the_mean_log_prob(world, loaded, tmp_path):
+    # against a plain forward of prompt and answer. kills: sums, EOS left out, another prompt
+    rows = common.load_rows(str(world / "caption_rl.jsonl"), loaded[1], "caption", quiet=True)[:2]
+    (model, encoder), cfg = loaded, config(tmp_path, max_new_tokens=200)
+    for row, s in zip(rows, cmkd.distill(model, encoder, rows, cfg)):
+        for text, confidence in zip(s["texts"], s["confidences"]):
+            prompt, ids = encoder(row, "caption").ids, encoder.answer_ids(text)
+            logits = model(input_ids=common.torch.tensor([prompt + ids])).logits[0].double()
+            logits[:, encoder.image_token_id] = -1e30
+            logp = logits.log_softmax(-1)[range(len(prompt) - 1, len(prompt + ids) - 1), ids]
+            assert confidence == pytest.approx(logp.mean().item(), abs=1e-4)
+
+
+def test_sampling_goes_on_where_it_was_killed(world, loaded, tmp_path, monkeypatch):
+    # kills: a half batch kept, seeds that depend on the start, the cut line counted as a row
+    rows = common.load_rows(str(world / "caption_rl.jsonl"), loaded[1], "caption", quiet=True)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir(), cut.mkdir()
+    want = cmkd.distill(*loaded, rows, config(whole))
+    assert [s["id"] for s in want] == [r["id"] for r in rows]
+    text = (whole / "samples.jsonl").read_text()
+    (cut / "samples.jsonl").write_text("".join(text.splitlines(True)[:9])[:-20])  # in row 8 of 12
+    calls, sample = [], cmkd.sample_group
+    monkeypatch.setattr(cmkd, "sample_group", lambda *a: calls.append(len(a[2])) or sample(*a))
+    with pytest.raises(SystemExit, match="other settings"):
+        cmkd.distill(*loaded, rows, config(cut, temperature=0.5))
+    assert cmkd.distill(*loaded, rows, config(cut)) == want and calls == [5, 2]
+    assert (cut / "samples.jsonl").read_text() == text
+
+
+def test_the_target_is_the_caption_then_the_rationale():
+    # kills: the caption behind, the two captions of a pair confused by a swap, captions of texts
+    row = {"task": "image_generation", "media": ["0.png", "1.png"], "captions": ["red", "blue"],
+           "responses": None, "label": "A", "rationale": "Image A is right ."}
+    tail = "</caption>\n<think>\nImage {0} is right .\n</think>\n<answer>\n{0}\n</answer>"
+    assert cmkd.target_text(row) == "<caption>\nImage A: red\nImage B: blue\n" + tail.format("A")
+    assert cmkd.target_text(common.swap(row)) == \
+        "<caption>\nImage A: blue\nImage B: red\n" + tail.format("B")
+    row = {**row, "task": "video_understanding", "media": ["0.mp4"], "captions": ["a disc"]}
+    assert cmkd.target_text(row).startswith("<caption>\na disc\n</caption>\n<think>\n")
+    assert common.caption_format_reward(cmkd.target_text(row), row) == 1
+    assert cmkd.target_text({**row, "media": [], "captions": []}).startswith("<think>")
+
+
+@pytest.mark.parametrize("text, seen, unseen", [
+    (answer("A"), 0, 1), ("<caption>\nred\n</caption>\n" + answer("A"), 1, 1),
+    (answer("A", "<caption>red</caption>"), 0, 1), ("<caption></caption>" + answer("A"), 0, 0),
+    (answer("A") + "<caption>red</caption>", 0, 0), ("red " + answer("A"), 0, 0),
+    ("<caption>red" + answer("A"), 0, 0), ("<caption>a</caption>b" + answer("A"), 0, 0),
+    ("<caption>a</caption><caption>b</caption>" + answer("A"), 0, 0)])
+def test_format_of_stage_3(text, seen, unseen):
+    # A row with media needs one caption, first; a text row may do without.
+    assert common.caption_format_reward(text, {"media": ["0.png"]}) == seen
+    assert common.caption_format_reward(text, {"media": []}) == unseen == common.format_reward(
+        text, {})
+
+
+# ----------------------------------------------------------------------------------- 2: replay
+@pytest.mark.parametrize("ratio, size, texts", [("5:1", 24, 4), ("1:0", 24, 0), ("1:1", 24, 12),
+                                                ("2:1", 24, 8), ("4:1", 30, 6), ("5:1", 16, 3)])
+def test_replay_is_the_same_share_of_every_batch(ratio, size, texts):
+    # kills: a mixture by chance, the ratio upside down, text first (ranks would not share it)
+    rows, replay = ([{"id": f"{n}{i}", "media": [], "captions": [], "responses": ["x", "y"],
+                      "label": "A"} for i in range(k)] for n, k in (("caption", 31), ("text", 7)))
+    cfg = stage2.Config(replay_ratio=ratio, batch_size=size)
+    seen = set()
+    for step in range(9):
+        ids = [r["id"] for r in stage2.mixed_batch(rows, replay, step, cfg)]
+        assert [x[:4] for x in ids] == ["capt"] * (size - texts) + ["text"] * texts
+        seen |= set(ids)
+    assert len(seen) == 31 + (7 if texts else 0)
+
+
+def test_replayed_texts_are_those_judged_right_in_both_orders(world, loaded, monkeypatch):
+    # kills: one order enough, unparsable counted as right, rows with wrong verdicts
+    cfg = stage2.Config(replay=str(world / "text_rl.jsonl"), replay_candidates=9)
+    verdicts = [("right", "right"), ("right", "wrong"), ("wrong", "wrong"), ("right", None)]
+
+    def judge(model, encoder, rows, *args, **kwargs):
+        assert len(rows) == 9
+        pick = lambda r, v: v and (r["label"] if v == "right" else OTHER[r["label"]])  # noqa: E731
+        return [{"row": i, "pred": pick(r, v)} for i, r in enumerate(rows)
+                for v in verdicts[i % 4]]
+    monkeypatch.setattr(common, "judge", judge)
+    rows = common.batch_of(common.load_rows(cfg.replay, loaded[1], quiet=True), 0, 9, cfg.seed)
+    chosen = stage2.choose_replay(*loaded, cfg)
+    assert [r["id"] for r in chosen] == [rows[i]["id"] for i in (0, 4, 8)]
+
+
+# ----------------------------------------------------------------------------------- whole stages
+TINY = dict(model=toy_world.PREBUILT, batch_size=6, group_size=3, micro_batch=2, max_steps=2,
+            save_every=1, lr=1e-3)
+
+
+def vision(folder):
+    weights = load_file(folder / "model.safetensors")
+    return {k: v for k, v in weights.items() if "vision_tower" in k or "projector" in k}
+
+
+def test_stage_2_runs_and_resumes(world, loaded, tmp_path):
+    # Replayed texts and task reward are in; the vision tower has nothing to learn from captions.
+    # kills: other replayed rows after a resume, pixels shown, a task reward of 1
+    args = flags(**TINY, data=world / "caption_rl.jsonl", replay=world / "text_rl.jsonl",
+                 heldout="", replay_ratio="2:1")
+    texts = common.load_rows(str(world / "text_rl.jsonl"), loaded[1], quiet=True)
+    with pytest.MonkeyPatch.context() as patch:  # an untrained judge is right in both orders rarely
+        patch.setattr(stage2, "choose_replay", lambda *a: random.Random(0).sample(texts, 5))
+        run_here(stage2.main, [*args, "--out", tmp_path / "a"])
+        run_here(stage2.main, [*args, "--out", tmp_path / "b", "--max_steps", 1])
+        patch.setattr(stage2, "choose_replay", lambda *a: 1 / 0)
+        run_here(stage2.main, [*args, "--out", tmp_path / "b"])
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+    assert not same_weights(tmp_path / "a", toy_world.PREBUILT)
+    metrics = lines(tmp_path / "a" / "metrics.jsonl")
+    assert 0 < max(m["rewards/task/mean"] for m in metrics) <= 0.2
+    before, after = vision(toy_world.PREBUILT), vision(tmp_path / "a")
+    assert all((before[k].float() == after[k]).all() for k in before)
+    assert all("<image>" not in r["prompt"] for r in lines(tmp_path / "a" / "rollouts.jsonl"))
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_stage_3_trains_the_vision_tower_unless_frozen(world, tmp_path, freeze):
+    # Tasks with one, two, four and eight images and a text row in one batch.
+    # kills: always frozen, never frozen, captions shown
+    mixed = tmp_path / "mixed.jsonl"
+    rows = lines(world / "mm_rl.jsonl")[:4] + lines(world / "text_rl.jsonl")[:1]
+    for row in rows:
+        row["media"] = [str(world / m) for m in row["media"]]
+    common.write_lines(mixed, rows)
+    run_here(stage3.main, flags(**{**TINY, "batch_size": 5, "group_size": 8, "max_steps": 1},
+                                data=mixed, heldout="", freeze_vision=freeze, out=tmp_path / "run"))
+    before, after = vision(toy_world.PREBUILT), vision(tmp_path / "run")
+    same = [bool((before[k].float() == after[k]).all()) for k in before]
+    assert len(same) > 20 and (all(same) if freeze else not any(same[:20]))
+
+
+def test_a_rank_without_images_waits_for_nobody(world, tmp_path):
+    # One process has the text row, the other the image row. kills: gradients summed only where
+    # there are any (it hangs, or the processes part)
+    rows = [lines(world / "mm_rl.jsonl")[0], lines(world / "text_rl.jsonl")[0]]
+    rows[0]["media"] = [str(world / m) for m in rows[0]["media"]]
+    common.write_lines(tmp_path / "two.jsonl", rows)
+    torchrun([ROOT / "stage3_mm_grpo.py", *flags(**{**TINY, "batch_size": 2}, heldout="",
+              data=tmp_path / "two.jsonl", out=tmp_path / "run")])
+    assert [m["step"] for m in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+
+
+def test_distillation_runs_and_resumes(world, tmp_path):
+    # Samples, selects, trains on pixels, vision tower included; a second start has nothing to do.
+    args = flags(model=toy_world.PREBUILT, data=world / "caption_rl.jsonl", samples=3, epochs=1,
+                 batch_size=4, micro_batch=2, heldout=world / "heldout_image_understanding.jsonl",
+                 out=tmp_path / "run")
+    run_here(cmkd.main, args)
+    kept = lines(tmp_path / "run" / "cmkd.jsonl")
+    assert kept and all(r["rationale"] and r["label"] in "AB" for r in kept)
+    stage = json.loads((tmp_path / "run" / "stage.json").read_text())
+    assert stage["stage"] == "stage2b_cmkd" and stage["heldout"]["after"]["n"] == 2
+    before, after = vision(toy_world.PREBUILT), vision(tmp_path / "run")
+    assert not all((before[k].float() == after[k]).all() for k in before)
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    run_here(cmkd.main, args)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
