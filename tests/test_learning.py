@@ -36,9 +36,8 @@ def test_the_prebuilt_backbone_reads_and_compares_but_does_not_judge():
     got = toy_world.check(n=100, quiet=True)
     reading = {k: v for k, v in got.items() if not k.startswith("verdict")}
     assert len(reading) == 12 and min(reading.values()) >= 95, reading
-    judging = [v for k, v in got.items() if k.startswith("verdict")]
-    # 100 rows a form here; `--check` takes 400, where the 45-55 of every task is meaningful
-    assert 45 <= sum(judging) / len(judging) <= 55 and 35 <= min(judging) <= max(judging) <= 65, got
+    judging = {k: v for k, v in got.items() if k.startswith("verdict")}
+    assert len(judging) == 9 and 45 <= min(judging.values()) <= max(judging.values()) <= 55, got
 
 
 def test_stages_0_and_1_learn(world, tmp_path):
