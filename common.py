@@ -11,9 +11,11 @@ What every stage shares and no stage is about. Nothing in this file knows what G
 """
 
 import argparse
+import base64
 import gzip
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -502,11 +504,44 @@ def coin(*key):
 
 # Published datasets -> preference rows. Each adapter is a generator of rows for one published row;
 # better_first() puts the better answer on a side chosen by a hash of the id, because several sets
-# always list it first.
+# always list it first. Ties are dropped.
 
-def better_first(id, prompt, better, worse, **more):
+def better_first(id, prompt, better, worse, task="text", media=(), **more):
+    """`better` and `worse`: two texts, or for *_generation two media (paths, or images that a
+    dataset holds)."""
     a, b, label = (worse, better, "B") if coin("side", id) else (better, worse, "A")
-    return {"id": id, "task": "text", "prompt": prompt, "responses": [a, b], "label": label, **more}
+    if task.endswith("generation"):
+        more |= {"responses": None, "media": [kept_medium(a), kept_medium(b)]}
+    else:
+        more |= {"responses": [a, b], "media": [kept_medium(m) for m in media]}
+    return {"id": id, "task": task, "prompt": prompt, "label": label, **more}
+
+
+def kept_medium(medium):
+    """A path stays a path. An image inside a dataset (PIL, bytes, {"bytes": ...} or base64 text) is
+    written once to media_cache/, under a name that is the hash of its bytes."""
+    if isinstance(medium, dict):
+        medium = medium.get("bytes") or medium.get("path")
+    if isinstance(medium, Image.Image):
+        buffer = io.BytesIO()
+        medium.convert("RGB").save(buffer, "PNG")
+        medium = buffer.getvalue()
+    if isinstance(medium, str) and len(medium) > 500:  # no path is that long
+        try:
+            medium = base64.b64decode(medium.rpartition(",")[2], validate=True)
+        except ValueError:
+            raise BadRow("has an image that is neither a path nor base64")
+    if isinstance(medium, bytes):
+        path = Path("media_cache", hashlib.sha256(medium).hexdigest()[:32])
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}")
+            part.write_bytes(medium)
+            os.replace(part, path)
+        return str(path.resolve())
+    if not isinstance(medium, str) or not medium:
+        raise BadRow("lacks one of its images or videos")
+    return medium
 
 
 def from_helpsteer3(r, where):
@@ -573,42 +608,162 @@ def from_rm_bench(r, where):
                                subset=str(r.get("domain") or r.get("subset") or ""))
 
 
-PUBLISHED = (({"overall_preference", "response1", "response2"}, from_helpsteer3),
-             ({"instruction", "output"}, from_gram),
-             ({"prompt", "chosen", "rejected", "id"}, from_rm_bench))
+def from_chosen_rejected(r, where):
+    """A question, a better and a worse text, and at most one image or video: RLAIF-V, MM-RLHF's
+    dpo_pairs.jsonl, ShareGPTVideo's sft_dpo_17k.jsonl (its video is a folder of frames)."""
+    if r.get("is_tie"):
+        return
+    kind = "video" if r.get("video") else "image" if r.get("image") is not None else None
+    prompt = r["question"] if "question" in r else r["prompt"]
+    source = "RLAIF-V" if "ds_name" in r else "MM-RLHF" if "chosen_reason" in r else ""
+    yield better_first(f"{source or 'pair'}/{r.get('idx', r.get('id', ''))}/{where}",
+                       re.sub(r"\s*<(image|video)>\s*", "", prompt), r["chosen"], r["rejected"],
+                       f"{kind}_understanding" if kind else "text", [r[kind]] if kind else [],
+                       source=source, subset=str(r.get("subset") or r.get("origin_dataset") or ""))
+
+
+def from_vision_feedback(r, where):
+    """wangclnlp/vision-feedback-mix-binarized (S1): `conversations` is JSON text, the better of its
+    two preference_values is the first."""
+    turns = r["conversations"]
+    human, gpt = json.loads(turns) if isinstance(turns, str) else turns
+    better, worse = gpt["preference_values"]
+    origin = next((str(v) for k, v in r.items() if k.startswith("origin")), "")
+    yield better_first(f"vision-feedback/{r.get('id', where)}",
+                       re.sub(r"\s*<image>\s*", "", human["value"]), better, worse,
+                       "image_understanding", [r["image"]], source="S1", subset=origin)
+
+
+def from_open_image_preferences(r, where):
+    """data-is-better-together/open-image-preferences-v1-binarized (S2): two images."""
+    yield better_first(f"open-image-preferences/{r.get('id', where)}", r["prompt"], r["chosen"],
+                       r["rejected"], "image_generation", source="S2", subset=r["evolution"])
+
+
+def from_rapidata(r, where):
+    """Rapidata's text-to-image (S3) and text-to-video (S6) sets: shares of the votes; the larger
+    wins, equal or missing ones are ties. Videos lie in Videos/ beside the file."""
+    image = "image1" in r
+    names = [f"weighted_results_image{i}_preference" if image else
+             f"weighted_results{i}_Preference" for i in (1, 2)]
+    one, two = (r.get(n) for n in names)
+    if one is None or two is None or one == two:
+        return
+    media = [r[f"image{i}"] if image else f"Videos/{r[f'file_name{i}']}" for i in (1, 2)]
+    better, worse = media if one > two else media[::-1]
+    yield better_first(f"rapidata/{where}", r["prompt"], better, worse,
+                       "image_generation" if image else "video_generation",
+                       source="S3" if image else "S6", margin=abs(one - two))
+
+
+def from_videodpo(r, where):
+    """VideoDPO's pair.json (S5): video1 is the better. Even numbers are in winvideos/, odd ones in
+    losevideos/, two to a file number."""
+    text = r["frame_caption"]
+    better, worse = (f"{('winvideos', 'losevideos')[i % 2]}/{i // 2:06d}.mp4"
+                     for i in (r["video1"], r["video2"]))
+    yield better_first(f"videodpo/{r['video1']}-{r['video2']}", text if isinstance(text, str) else
+                       text[0], better, worse, "video_generation", source="S5")
+
+
+_R1 = re.compile(r"\[Question\]:?(.*?)#+ *\[Response 1\]:?(.*?)#+ *\[Response 2\]:?(.*)", re.DOTALL)
+
+
+def from_r1_reward(r, where):
+    """yifanzhang114/R1-Reward-RL: question and responses stand in the judge prompt, the answer is
+    ["<answer>1</answer>"] or 2."""
+    content = json.loads(r["message"])[-1]["content"] if isinstance(r["message"], str) else \
+        r["message"][-1]["content"]
+    text = content if isinstance(content, str) else next(
+        c["text"] for c in content if c["type"] == "text")
+    found = _R1.search(text)
+    label = re.fullmatch(r"\s*<answer>\s*([12])\s*</answer>\s*", r["answer"][0])
+    if not found or not label:
+        raise BadRow("is no R1-Reward row: the sections or the <answer> 1 or 2 are missing")
+    prompt, one, two = (re.sub(r"<image>|#+\s*$", "", part).strip() for part in found.groups())
+    image = r.get("image") or next(c["image"] for c in content if c["type"] == "image")
+    better, worse = (one, two) if label[1] == "1" else (two, one)
+    yield better_first(f"r1-reward/{where}", prompt, better, worse, "image_understanding", [image],
+                       source="R1-Reward-RL")
+
+
+def from_vl_rewardbench(r, where):
+    """MMInstruction/VL-RewardBench: human_ranking holds ranks, 0 is the better. Ids repeat."""
+    if sorted(r["human_ranking"]) != [0, 1]:
+        return
+    better, worse = r["response"][:: 1 if r["human_ranking"][0] == 0 else -1]
+    yield better_first(f"vl-rewardbench/{r['id']}/{where}", r["query"], better, worse,
+                       "image_understanding", [r["image"]], source="VL-RewardBench")
+
+
+def _texts(r):
+    return isinstance(r["chosen"], str) and isinstance(r["rejected"], str)
+
+
+def _styles(r):
+    return isinstance(r["chosen"], list)
+
+
+# A published row is known by its columns, and where these are shared by what they hold.
+PUBLISHED = (
+    ({"overall_preference", "response1", "response2"}, None, from_helpsteer3),
+    ({"instruction", "output"}, None, from_gram),
+    ({"human_ranking", "query", "response"}, None, from_vl_rewardbench),
+    ({"message", "answer"}, None, from_r1_reward),
+    ({"conversations", "image"}, None, from_vision_feedback),
+    ({"prompt", "image1", "image2"}, None, from_rapidata),
+    ({"prompt", "file_name1", "file_name2"}, None, from_rapidata),
+    ({"video1", "video2", "frame_caption"}, None, from_videodpo),
+    ({"prompt", "chosen", "rejected", "evolution"}, None, from_open_image_preferences),
+    ({"prompt", "chosen", "rejected", "id"}, _styles, from_rm_bench),
+    ({"prompt", "chosen", "rejected"}, _texts, from_chosen_rejected),
+    ({"question", "chosen", "rejected"}, _texts, from_chosen_rejected))
 
 
 def convert(raw, where):
     """Any supported raw row -> preference rows, recognised by its columns."""
     if isinstance(raw, dict) and "task" not in raw:
-        for columns, adapter in PUBLISHED:
-            lists = adapter is not from_rm_bench or isinstance(raw.get("chosen"), list)
-            if columns <= raw.keys() and lists:
+        for columns, holds, adapter in PUBLISHED:
+            if columns <= raw.keys() and (holds is None or holds(raw)):
                 try:
                     yield from adapter(raw, where)
-                except (KeyError, TypeError, AttributeError) as e:
+                except (KeyError, TypeError, AttributeError, IndexError, StopIteration,
+                        json.JSONDecodeError) as e:
                     raise BadRow(f"does not have the published form ({type(e).__name__}: {e})")
                 return
     yield raw
 
 
-def raw_rows(source):
-    """Yield ("file:line", raw row or BadRow) from a .jsonl or .json file (also .gz) or a hub id."""
+def raw_rows(source, shuffle=False):
+    """Yield ("file:line", raw row or BadRow) from a .jsonl, .json (both also .gz) or .parquet file
+    or a hub id; shuffled, in an order that is always the same, if only a sample is wanted."""
     path = Path(source)
     if path.is_dir():
-        raise SystemExit(f"{source}: is a folder; name a .jsonl or .json file in it.")
-    if not path.exists():
-        if source.count("/") != 1 or path.suffix or source.startswith((".", "/")):
-            raise SystemExit(f"{source}: no such file. `python tests/toy_world.py` makes toy rows.")
-        from datasets import load_dataset
-        config = {"nvidia/HelpSteer3": "preference"}.get(source)
-        try:
-            for i, row in enumerate(load_dataset(source, config, split="train", streaming=True)):
-                yield f"{source}:{i + 1}", row
-        except (OSError, ValueError) as e:  # the hub's own errors are among these
-            raise SystemExit(f"{source}: no such file, and not to be had from the hub ({e}). "
-                             "`python tests/toy_world.py` makes toy rows.")
+        raise SystemExit(f"{source}: is a folder; name a .jsonl, .json or .parquet file in it.")
+    if path.exists() and path.suffix != ".parquet":
+        found = file_rows(path)
+        if shuffle:
+            found = list(found)
+            random.Random(0).shuffle(found)
+        yield from found
         return
+    if not path.exists() and (source.count("/") != 1 or path.suffix or source[0] in "./"):
+        raise SystemExit(f"{source}: no such file. `python tests/toy_world.py` makes toy rows.")
+    from datasets import load_dataset
+    config = {"nvidia/HelpSteer3": "preference"}.get(source)
+    try:
+        rows = load_dataset("parquet", data_files=source, split="train", streaming=True) \
+            if path.exists() else load_dataset(source, config, split="train", streaming=True)
+        if shuffle:  # of a stream: within a window, and the order of its files
+            rows = rows.shuffle(seed=0, buffer_size=1000)
+        for i, row in enumerate(rows):
+            yield f"{source}:{i + 1}", row
+    except (OSError, ValueError) as e:  # the hub's own errors are among these
+        raise SystemExit(f"{source}: no such file, and not to be had from the hub ({e}). "
+                         "`python tests/toy_world.py` makes toy rows.")
+
+
+def file_rows(path):
     opened = gzip.open if path.suffix == ".gz" else open
     try:  # surrogateescape: bytes that are no UTF-8 reach check_row(), which knows the row
         with opened(path, "rt", encoding="utf-8", errors="surrogateescape") as f:
@@ -631,23 +786,37 @@ def raw_rows(source):
         raise SystemExit(f"{path}: cannot be read ({e}); replace the file.")
 
 
+def fingerprint(row):
+    """What makes two text or understanding rows the same whatever their source: question and
+    responses, letters and digits only. None for generation rows."""
+    plain = lambda text: re.sub(r"[\W_]+", "", text.lower())
+    return (plain(row["prompt"]), *sorted(map(plain, row["responses"]))) \
+        if row.get("responses") else None
+
+
 def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_rows=False,
-              quiet=False):
+              exclude="", quiet=False):
     """Comma-separated sources (`a.jsonl`, or `a.jsonl:500` for a sample of 500) -> list of checked
     preference rows, each with the length of its encoded prompt under "tokens".
 
     A bad row (malformed, unknown label, unreadable image, forged tag...) stops the run with its
     file and line, unless skip_bad_rows; an over-long prompt is always skipped, never truncated,
-    because a prompt cut in the middle is another question. Both are counted and printed.
+    because a prompt cut in the middle is another question. Rows that also occur in the sources of
+    `exclude` (benchmarks) are left out. All three are counted and printed.
     """
-    rows, bad, too_long = [], Counter(), 0
+    rows, bad, too_long, known = [], Counter(), 0, 0
     forbidden = tuple(dict.fromkeys(FORBIDDEN + encoder.special_tokens))
+    benchmark = {fingerprint(row) for source in filter(None, exclude.split(","))
+                 for where, raw in raw_rows(source) if not isinstance(raw, BadRow)
+                 for row in convert(raw, where)} - {None}
     for source in sources.split(","):
         sampled = re.fullmatch(r"(.+):(\d+)", source)
-        source, count = sampled.groups() if sampled else (source, None)
-        first = len(rows)
-        for where, raw in tqdm(raw_rows(source), desc=f"reading {source}", unit=" rows",
+        source, count = (sampled[1], int(sampled[2])) if sampled else (source, math.inf)
+        raws, taken = raw_rows(source, shuffle=sampled is not None), 0
+        for where, raw in tqdm(raws, desc=f"reading {source}", unit=" rows",
                                disable=quiet or rank() > 0, mininterval=1, leave=False):
+            if taken >= count:  # a sample that is the same in every run
+                break
             try:
                 if isinstance(raw, BadRow):
                     raise raw
@@ -656,19 +825,21 @@ def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_
                     row["tokens"] = encoder.check(row, form)
                     if max_prompt_tokens and row["tokens"] > max_prompt_tokens:
                         too_long += 1
-                    else:
+                    elif benchmark and fingerprint(row) in benchmark:
+                        known += 1
+                    elif taken < count:
                         rows.append(row)
+                        taken += 1
             except BadRow as e:
                 if not skip_bad_rows:
                     raise SystemExit(f"{where}: row {e}.\nMend it, or pass --skip_bad_rows to "
                                      "leave such rows out and count them.")
                 bad[str(e)[:60]] += 1
-        if count and len(rows) - first > int(count):  # a sample that is the same in every run
-            rows[first:] = random.Random(0).sample(rows[first:], int(count))
     if not quiet and rank() == 0:
         print(f"{sources}: {len(rows)} rows"
               + (f", {bad.total()} bad rows skipped {dict(bad.most_common(5))}" if bad else "")
-              + (f", {too_long} skipped: over {max_prompt_tokens} tokens" if too_long else ""))
+              + (f", {too_long} skipped: over {max_prompt_tokens} tokens" if too_long else "")
+              + (f", {known} left out: they are in {exclude}" if known else ""))
     if not rows:
         raise SystemExit(f"{sources}: no usable row left.")
     return rows
@@ -692,20 +863,37 @@ def open_image(path):
 
 
 def open_video(path, frames):
-    """Decode with PyAV; keep `frames` frames evenly spaced by index (all of a shorter video)."""
+    """`frames` frames evenly spaced by index (all of a shorter video) from what PyAV decodes, or
+    from a folder of images. Decodes twice, because containers lie about their number of frames and
+    all frames of a long video do not fit into memory."""
     import av
+    if Path(path).is_dir():
+        files = sorted((f for f in Path(path).iterdir() if f.suffix.lower() in
+                        (".jpg", ".jpeg", ".png", ".webp")), key=lambda f: (len(f.name), f.name))
+        return [open_image(files[i]) for i in spread(len(files), frames, path)]
+
+    def decode(container):
+        return (f for stream in container.streams.video[:1] for f in container.decode(stream))
     try:
-        with av.open(path) as container:
-            decoded = [frame.to_image() for stream in container.streams.video[:1]
-                       for frame in container.decode(stream)]
+        with av.open(str(path)) as container:
+            n = sum(1 for _ in decode(container))
+        chosen = spread(n, frames, path)
+        with av.open(str(path)) as container:
+            return [f.to_image() for i, f in enumerate(decode(container)) if i in chosen]
+    except BadRow:
+        raise
     except FileNotFoundError:
         raise BadRow(f"video {path} does not exist")
     except Exception as e:
         raise BadRow(f"video {path} cannot be read ({e}); replace the file")
-    if not decoded:
+
+
+def spread(n, frames, path):
+    """Indices of min(n, frames) of n frames, each in the middle of its share of the video."""
+    if n == 0:
         raise BadRow(f"video {path} has no frames; replace the file")
-    n = min(frames, len(decoded))
-    return [decoded[round((i + 0.5) * len(decoded) / n - 0.5)] for i in range(n)]
+    k = min(frames, n)
+    return [round((i + 0.5) * n / k - 0.5) for i in range(k)]
 
 
 @dataclass

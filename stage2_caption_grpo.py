@@ -94,6 +94,8 @@ class Config:
     save_every: int = knob(20, "steps between saved states")
     log_rollouts_every: int = knob(10, "steps between whole groups written to rollouts.jsonl")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
+    exclude: str = knob("", "benchmark files; training rows that are in them too are left out "
+                        "(the paper's S1 is built from VL-RewardBench's sources)")
 
 
 PAPER = dict(data="captions.jsonl", replay="wangclnlp/GRAM-RR-TrainingData:4000",
@@ -363,7 +365,7 @@ def main():
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr,
                                   betas=(0.9, 0.95), weight_decay=0.0)
     limits = FORM, cfg.max_prompt_tokens, cfg.skip_bad_rows
-    rows = common.load_rows(cfg.data, encoder, *limits)
+    rows = common.load_rows(cfg.data, encoder, *limits, exclude=cfg.exclude)
     heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
     looks = heldout[::max(1, len(heldout) // cfg.eval_rows)]  # spread over all tasks
     start, before, replay = 0, None, None

@@ -51,6 +51,8 @@ class Config:
     eval_batch: int = knob(128, "judgements decoded together")
     save_every: int = knob(100, "steps between saved states")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
+    exclude: str = knob("", "benchmark files; training rows that are in them too are left out "
+                        "(the paper's S1 is built from VL-RewardBench's sources)")
 
 
 PAPER = dict(data="captions.jsonl", heldout="", lr=2e-6, batch_size=128, micro_batch=1, epochs=1,
@@ -139,7 +141,8 @@ def main():
     device = common.start_processes(cfg.batch_size)
     state = common.open_run(cfg.out, cfg)
     model, encoder = common.load(cfg.model, device, made_by="python stage2_caption_grpo.py")
-    rows = common.load_rows(cfg.data, encoder, "caption", cfg.max_prompt_tokens, cfg.skip_bad_rows)
+    rows = common.load_rows(cfg.data, encoder, "caption", cfg.max_prompt_tokens, cfg.skip_bad_rows,
+                            cfg.exclude)
     # the sides by a coin: the teacher may have a favourite, the labels' order is not to be trusted
     rows = [common.swap(r) if common.coin("cmkd", cfg.seed, r["id"]) else r for r in rows]
     rows, report = distilled(rows, distill(model, encoder, rows, cfg))

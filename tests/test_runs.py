@@ -6,6 +6,7 @@ at work, otherwise main() in this process, which saves the seconds of importing.
 wrong versions of the source under which a test was seen to fail.
 """
 
+import difflib
 import json
 import os
 import random
@@ -30,6 +31,9 @@ sys.path[:0] = [str(ROOT), str(TESTS)]
 import common  # noqa: E402
 import stage0_sft  # noqa: E402
 import stage1_text_grpo as stage1  # noqa: E402
+import stage2_caption_grpo as stage2  # noqa: E402
+import stage2b_cmkd as cmkd  # noqa: E402
+import stage3_mm_grpo as stage3  # noqa: E402
 import toy_world  # noqa: E402
 
 RM_BENCH = ROOT.parent / "shared" / "data" / "rm_bench_chat.json"
@@ -472,7 +476,7 @@ def block(source):
 
 def test_copies_of_the_grpo_block_are_identical():
     # A correction in one stage only would be a bug in the others.
-    blocks = {name: block((ROOT / name).read_bytes()) for name in STAGES if (ROOT / name).exists()}
+    blocks = {name: block((ROOT / name).read_bytes()) for name in STAGES}
     ours = blocks.pop(STAGES[0])
     for name in (b"sample_group", b"advantages", b"packed_logps", b"grpo_loss", b"grpo_update"):
         assert b"def " + name + b"(" in ours
@@ -481,6 +485,14 @@ def test_copies_of_the_grpo_block_are_identical():
         pairs = enumerate(zip(ours.split(b"\n"), copied.split(b"\n")), 1)
         first = next((f"{n}: {b.decode()}" for n, (a, b) in pairs if a != b), "the length")
         assert copied == ours, f"{name} differs from {STAGES[0]} in the block's line {first}"
+
+
+def test_what_differs_between_stages_fits_on_a_screen():
+    # `diff stage1 stage2` is to be read as the paper's section.
+    one, *others = [(ROOT / name).read_text().splitlines() for name in STAGES]
+    for other in others:
+        changed = [x for x in difflib.ndiff(one, other) if x[0] in "+-"]
+        assert len(changed) <= 100, len(changed)
 
 
 def test_the_comparison_of_copies_sees_a_byte():
@@ -494,7 +506,7 @@ def test_the_comparison_of_copies_sees_a_byte():
 # ------------------------------------------------------------------------------------- command line
 @pytest.mark.parametrize("wrong", [["--lrr", "1"], ["--max_step", "3"], ["--lr=1", "stray"],
                                    ["--no_such_flag"], ["--preset", "big"], ["--lr", "fast"]])
-@pytest.mark.parametrize("script", [stage0_sft, stage1])
+@pytest.mark.parametrize("script", [stage0_sft, stage1, stage2, cmkd, stage3])
 def test_unknown_flags_are_errors(monkeypatch, capsys, script, wrong):
     # A flag that is mistyped and ignored wastes a night of training. kills: remaining strings
     # dropped, allow_abbrev (--max_step for --max_steps)
@@ -519,7 +531,7 @@ def test_mistyped_choices_are_errors(monkeypatch, capsys, script, flag, choice):
     assert choice in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", [stage0_sft, stage1])
+@pytest.mark.parametrize("script", [stage0_sft, stage1, stage2, cmkd, stage3])
 def test_help_shows_defaults_and_the_papers_values(monkeypatch, capsys, script):
     # kills: a formatter without defaults, a bare % in a help text, a knob without a reason
     monkeypatch.setattr(sys, "argv", ["stage.py", "--help"])
