@@ -696,6 +696,13 @@ def from_vl_rewardbench(r, where):
                        "image_understanding", [r["image"]], source="VL-RewardBench")
 
 
+# MSRL Table 5: S1 to S6. The last three come as files; their videos lie beside them.
+TABLE_5 = ("wangclnlp/vision-feedback-mix-binarized:{},"
+           "data-is-better-together/open-image-preferences-v1-binarized:{},"
+           "Rapidata/OpenAI-4o_t2i_human_preference:{},data/ShareGPTVideo/sft_dpo_17k.jsonl:{},"
+           "data/VideoDPO/pair.json:{},data/text-2-video-human-preferences/train.parquet:{}")
+
+
 def _texts(r):
     return isinstance(r["chosen"], str) and isinstance(r["rejected"], str)
 
@@ -1106,6 +1113,39 @@ def judge(model, encoder, rows, sample, form="pixels", votes=1, temperature=1.0,
             preds.append({"id": rows[i]["id"], "row": i, "order": order, "sample": n % votes,
                           "pred": pred, "text": text})
     return sorted(gather_list(preds), key=lambda p: (p["row"], p["order"], p["sample"]))
+
+
+def captioned(cfg, sample, device, max_new_tokens=300, batch_size=16):
+    """Preference rows whose media have no captions get them from a vision-language checkpoint (the
+    paper: GPT-5). -> path of a .jsonl of rows with captions. Each medium is described once; what
+    is done stays in captions.jsonl, so a killed run goes on."""
+    model, encoder = load(cfg.captioner, device)
+    rows = load_rows(cfg.data, encoder, "pixels", None, cfg.skip_bad_rows, cfg.exclude)
+    cache = Path(cfg.out, "captions.jsonl")
+    known = {c["media"]: c["caption"] for c in whole_lines(cache)}
+    todo = {m: r["task"].startswith("video") for r in rows if not r["captions"]
+            for m in r["media"] if m not in known}
+    todo = list(todo.items())
+    for at in tqdm(range(0, len(todo), batch_size * world()), desc="captions", unit="batch",
+                   disable=rank() > 0, mininterval=1):
+        mine, some = todo[at:at + batch_size * world()][rank()::world()], []
+        if mine:
+            prompts = [encoder.encode(f"<{'video' if video else 'image'}> {cfg.caption_prompt}",
+                                      [m], video)
+                       for m, video in mine]
+            ids = sample(model, encoder, prompts, 1, 0.0, max_new_tokens, None).ids
+            some = [{"media": m, "caption": encoder.decode(i)} for (m, _), i in zip(mine, ids)]
+        for c in gather_list(some):
+            known[c["media"]] = c["caption"]
+            if rank() == 0:
+                append(cache, c)
+    out = Path(cfg.out, "captioned.jsonl")
+    if rank() == 0:
+        write_lines(out, [{**r, "captions": r["captions"] or [known[m] for m in r["media"]]}
+                          for r in rows])
+    if world() > 1:
+        dist.barrier()
+    return str(out)
 
 
 def summarize(rows, preds):

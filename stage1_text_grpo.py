@@ -90,7 +90,8 @@ class Config:
                         "(the paper's S1 is built from VL-RewardBench's sources)")
 
 
-PAPER = dict(data="wangclnlp/GRAM-RR-TrainingData:400000", heldout="", batch_size=16, micro_batch=1,
+PAPER = dict(data="wangclnlp/GRAM-RR-TrainingData:400000", heldout="",
+             batch_size=16, micro_batch=1,
              rollout_batch=2, lr=1e-6, temperature=0.9, max_new_tokens=512, max_steps=25_000,
              max_prompt_tokens=4096, gradient_checkpointing=True, save_every=200)
 

@@ -49,7 +49,10 @@ class Config:
     model: str = knob("runs/stage1_text_grpo", "checkpoint to start from; also the KL reference")
     data: str = knob("toy/caption_rl.jsonl", "preference rows with captions; several, separated "
                      "by commas. Paper: 20k rows of Table 5")
-    replay: str = knob("toy/text_rl.jsonl", "text rows of stage 1 to choose the replayed ones from")
+    captioner: str = knob("", "vision-language checkpoint that describes media without captions "
+                          "(paper: GPT-5); written to captions.jsonl in the run folder")
+    caption_prompt: str = knob("describe", "what it is asked; this is the toy backbone's word")
+    replay: str = knob("toy/text_rl.jsonl", "text rows of stage 1 to choose replayed ones from")
     replay_ratio: str = knob("5:1", "captions : text in every batch (paper: 5:1; Table 6: "
                              "1:0, 1:1, 2:1, 4:1, 5:1)")
     replay_candidates: int = knob(200, "text rows judged to find the replayed ones among them")
@@ -98,9 +101,11 @@ class Config:
                         "(the paper's S1 is built from VL-RewardBench's sources)")
 
 
-PAPER = dict(data="captions.jsonl", replay="wangclnlp/GRAM-RR-TrainingData:4000",
-             replay_candidates=4000, heldout="", batch_size=16, micro_batch=1,
-             rollout_batch=2, lr=1e-6, temperature=0.9, max_new_tokens=512, max_steps=25_000,
+PAPER = dict(data=common.TABLE_5.format(5000, 2500, 2580, 4323, 2500, 2539), heldout="",
+             captioner="OpenGVLab/InternVL3_5-8B-HF", caption_prompt="Describe this in detail.",
+             replay="wangclnlp/GRAM-RR-TrainingData:4000", replay_candidates=4000,
+             batch_size=16, micro_batch=1,
+             rollout_batch=2, lr=1e-6, temperature=0.9, max_new_tokens=512, max_steps=1_495,
              max_prompt_tokens=4096, gradient_checkpointing=True, save_every=200)
 
 
@@ -365,7 +370,8 @@ def main():
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr,
                                   betas=(0.9, 0.95), weight_decay=0.0)
     limits = FORM, cfg.max_prompt_tokens, cfg.skip_bad_rows
-    rows = common.load_rows(cfg.data, encoder, *limits, exclude=cfg.exclude)
+    data = common.captioned(cfg, sample_group, device) if cfg.captioner else cfg.data
+    rows = common.load_rows(data, encoder, *limits, exclude=cfg.exclude)
     heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
     looks = heldout[::max(1, len(heldout) // cfg.eval_rows)]  # spread over all tasks
     start, before, replay = 0, None, None

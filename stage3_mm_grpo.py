@@ -95,8 +95,9 @@ class Config:
                         "(the paper's S1 is built from VL-RewardBench's sources)")
 
 
-PAPER = dict(data="multimodal.jsonl", heldout="", batch_size=16, micro_batch=1,
-             rollout_batch=2, lr=1e-6, temperature=0.9, max_new_tokens=512, max_steps=25_000,
+PAPER = dict(data=common.TABLE_5.format(8000, 2500, 2639, 2343, 2500, 2056), heldout="",
+             batch_size=16, micro_batch=1,
+             rollout_batch=2, lr=1e-6, temperature=0.9, max_new_tokens=512, max_steps=1_252,
              max_prompt_tokens=8192, gradient_checkpointing=True, save_every=200)
 
 

@@ -186,6 +186,34 @@ def test_replayed_texts_are_those_judged_right_in_both_orders(world, loaded, mon
     assert [r["id"] for r in chosen] == [rows[i]["id"] for i in (0, 4, 8)]
 
 
+def test_captions_come_from_a_checkpoint(world, loaded, tmp_path, monkeypatch):
+    # The toy backbone describes what the rows really show; each medium once, also after a kill.
+    # kills: captions of another medium, given captions replaced, the cache forgotten
+    rows = lines(world / "mm_rl.jsonl")
+    for i, row in enumerate(rows):
+        row["media"] = [str(world / m) for m in row["media"]]
+        row["true"], row["captions"] = row["captions"], ["given"] * len(row["media"]) * (i == 0)
+    common.write_lines(tmp_path / "bare.jsonl", rows)
+    cfg = stage2.Config(data=str(tmp_path / "bare.jsonl"), captioner=str(toy_world.PREBUILT),
+                        out=str(tmp_path))
+    calls = []
+
+    def sample(model, encoder, prompts, *args):
+        calls.append(len(prompts))
+        return stage2.sample_group(model, encoder, prompts, *args)
+    n = sum(len(r["media"]) for r in rows[1:])
+    got = lines(common.captioned(cfg, sample, "cpu", batch_size=5))
+    assert sum(calls) == n and [r["id"] for r in got] == [r["id"] for r in rows]
+    assert got[0]["captions"] == ["given"]
+    right = [a == b for r in got[1:] for a, b in zip(r["captions"], r["true"])]
+    assert sum(right) >= 0.9 * n  # held at 95 % and more on the backbone's own test
+    cache = tmp_path / "captions.jsonl"
+    cache.write_text("".join(cache.read_text().splitlines(True)[:7])[:-5])
+    calls.clear()
+    assert lines(common.captioned(cfg, sample, "cpu", batch_size=5)) == got
+    assert sum(calls) == n - 6
+
+
 # ----------------------------------------------------------------------------------- whole stages
 TINY = dict(model=toy_world.PREBUILT, batch_size=6, group_size=3, micro_batch=2, max_steps=2,
             save_every=1, lr=1e-3)
