@@ -359,7 +359,7 @@ class Answer:
     type: str | None     # what stands in <type>...</type>, normalised, None unless exactly one
 
 
-_WHOLE = re.compile(r"\s*(<caption>[^<]+</caption>\s*)?<think>(.*)</think>\s*"
+_WHOLE = re.compile(r"\s*(<caption>(?:(?!</?caption>).)+</caption>\s*)?<think>(.*)</think>\s*"
                     r"<answer>\s*[AB]\s*</answer>\s*", re.DOTALL)
 _VERDICT = re.compile(r"<answer>\s*([AB])\s*</answer>")
 _TYPE = re.compile(r"<type>([^<]*)</type>")
@@ -474,7 +474,7 @@ def check_row(row, folder, forbidden=FORBIDDEN):
     return row
 
 
-_SIDES = re.compile(r"\b((?i:Response|Assistant|Chatbot|Answer|Image|Video)) ([AB])\b")
+_SIDES = re.compile(r"\b((?i:Response|Assistant|Chatbot|Image|Video)) ([AB])\b")
 
 
 def swap(row):
@@ -491,9 +491,10 @@ def swap(row):
 
 
 def can_swap(row):
-    """False if the rationale speaks of a bare "B", or of an "A" that is no article: swap() would
-    leave these wrong."""
-    return not re.search(r"\bB\b|(?<=[a-z] )A\b|\bA\b(?=['’.,:)])",
+    """False if the rationale names a side in a way that swap() does not change: a bare "B", an "A"
+    that is no article, "the first response"."""
+    return not re.search(r"\bB\b|(?<=[a-z] )A\b|\bA\b(?=['’.,:)])|\b(?i:former|latter)\b|"
+                         r"\b(?i:first|second) (?i:response|answer|one|image|video)\b",
                          _SIDES.sub("", row.get("rationale") or ""))
 
 
@@ -613,7 +614,7 @@ def from_chosen_rejected(r, where):
     dpo_pairs.jsonl, ShareGPTVideo's sft_dpo_17k.jsonl (its video is a folder of frames)."""
     if r.get("is_tie"):
         return
-    kind = "video" if r.get("video") else "image" if r.get("image") is not None else None
+    kind = "video" if r.get("video") else "image" if "image" in r else None
     prompt = r["question"] if "question" in r else r["prompt"]
     source = "RLAIF-V" if "ds_name" in r else "MM-RLHF" if "chosen_reason" in r else ""
     yield better_first(f"{source or 'pair'}/{r.get('idx', r.get('id', ''))}/{where}",
@@ -642,14 +643,15 @@ def from_open_image_preferences(r, where):
 
 def from_rapidata(r, where):
     """Rapidata's text-to-image (S3) and text-to-video (S6) sets: shares of the votes; the larger
-    wins, equal or missing ones are ties. Videos lie in Videos/ beside the file."""
+    wins, equal or missing ones are ties. As published, Videos/ lies beside the folder of the
+    parquet file."""
     image = "image1" in r
     names = [f"weighted_results_image{i}_preference" if image else
              f"weighted_results{i}_Preference" for i in (1, 2)]
     one, two = (r.get(n) for n in names)
     if one is None or two is None or one == two:
         return
-    media = [r[f"image{i}"] if image else f"Videos/{r[f'file_name{i}']}" for i in (1, 2)]
+    media = [r[f"image{i}"] if image else f"../Videos/{r[f'file_name{i}']}" for i in (1, 2)]
     better, worse = media if one > two else media[::-1]
     yield better_first(f"rapidata/{where}", r["prompt"], better, worse,
                        "image_generation" if image else "video_generation",
@@ -666,7 +668,8 @@ def from_videodpo(r, where):
                        text[0], better, worse, "video_generation", source="S5")
 
 
-_R1 = re.compile(r"\[Question\]:?(.*?)#+ *\[Response 1\]:?(.*?)#+ *\[Response 2\]:?(.*)", re.DOTALL)
+_R1 = re.compile(r"\[Question\]:?(.*?)#+ *\[Response 1\]:?(.*?)#+ *\[Response 2\]:?(.*?)"
+                 r"(?:#+ *\**Output Format.*)?$", re.DOTALL)
 
 
 def from_r1_reward(r, where):
@@ -700,7 +703,8 @@ def from_vl_rewardbench(r, where):
 TABLE_5 = ("wangclnlp/vision-feedback-mix-binarized:{},"
            "data-is-better-together/open-image-preferences-v1-binarized:{},"
            "Rapidata/OpenAI-4o_t2i_human_preference:{},data/ShareGPTVideo/sft_dpo_17k.jsonl:{},"
-           "data/VideoDPO/pair.json:{},data/text-2-video-human-preferences/train.parquet:{}")
+           "data/VideoDPO/pair.json:{},"
+           "data/text-2-video-human-preferences/data/train-00000-of-00001.parquet:{}")
 
 
 def _texts(r):
@@ -734,8 +738,10 @@ def convert(raw, where):
             if columns <= raw.keys() and (holds is None or holds(raw)):
                 try:
                     yield from adapter(raw, where)
+                except BadRow:
+                    raise
                 except (KeyError, TypeError, AttributeError, IndexError, StopIteration,
-                        json.JSONDecodeError) as e:
+                        ValueError, RuntimeError) as e:
                     raise BadRow(f"does not have the published form ({type(e).__name__}: {e})")
                 return
     yield raw
@@ -756,11 +762,15 @@ def raw_rows(source, shuffle=False):
         return
     if not path.exists() and (source.count("/") != 1 or path.suffix or source[0] in "./"):
         raise SystemExit(f"{source}: no such file. `python tests/toy_world.py` makes toy rows.")
-    from datasets import load_dataset
+    import datasets
     config = {"nvidia/HelpSteer3": "preference"}.get(source)
+    split = {"MMInstruction/VL-RewardBench": "test"}.get(source, "train")
     try:
-        rows = load_dataset("parquet", data_files=source, split="train", streaming=True) \
-            if path.exists() else load_dataset(source, config, split="train", streaming=True)
+        rows = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True) \
+            if path.exists() else datasets.load_dataset(source, config, split=split, streaming=True)
+        for column, kind in (getattr(rows, "features", None) or {}).items():  # images as bytes
+            if isinstance(kind, datasets.Image):
+                rows = rows.cast_column(column, datasets.Image(decode=False))
         if shuffle:  # of a stream: within a window, and the order of its files
             rows = rows.shuffle(seed=0, buffer_size=1000)
         for i, row in enumerate(rows):
@@ -795,10 +805,11 @@ def file_rows(path):
 
 def fingerprint(row):
     """What makes two text or understanding rows the same whatever their source: question and
-    responses, letters and digits only. None for generation rows."""
+    responses, letters and digits only. None for generation rows and what is no row."""
+    if not isinstance(row, dict) or not row.get("responses"):
+        return None
     plain = lambda text: re.sub(r"[\W_]+", "", text.lower())
-    return (plain(row["prompt"]), *sorted(map(plain, row["responses"]))) \
-        if row.get("responses") else None
+    return (plain(row["prompt"]), *sorted(map(plain, row["responses"])))
 
 
 def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_rows=False,
@@ -813,9 +824,20 @@ def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_
     """
     rows, bad, too_long, known = [], Counter(), 0, 0
     forbidden = tuple(dict.fromkeys(FORBIDDEN + encoder.special_tokens))
-    benchmark = {fingerprint(row) for source in filter(None, exclude.split(","))
-                 for where, raw in raw_rows(source) if not isinstance(raw, BadRow)
-                 for row in convert(raw, where)} - {None}
+    benchmark = set()
+    for source in filter(None, exclude.split(",")):
+        found = set()
+        for where, raw in raw_rows(source):
+            if isinstance(raw, dict) and "media" not in raw:
+                raw = {**raw, "image": raw.get("image") or "-"}  # only the texts are needed
+            try:
+                found |= {fingerprint(row) for row in convert(raw, where)}
+            except BadRow as e:
+                raise SystemExit(f"{where}: row {e}; --exclude needs a benchmark that can be read.")
+        if not found - {None}:
+            raise SystemExit(f"{source}: holds no row with a prompt and two responses; --exclude "
+                             "would exclude nothing.")
+        benchmark |= found - {None}
     for source in sources.split(","):
         sampled = re.fullmatch(r"(.+):(\d+)", source)
         source, count = (sampled[1], int(sampled[2])) if sampled else (source, math.inf)
@@ -1119,10 +1141,20 @@ def captioned(cfg, sample, device, max_new_tokens=300, batch_size=16):
     """Preference rows whose media have no captions get them from a vision-language checkpoint (the
     paper: GPT-5). -> path of a .jsonl of rows with captions. Each medium is described once; what
     is done stays in captions.jsonl, so a killed run goes on."""
+    out, cache = Path(cfg.out, "captioned.jsonl"), Path(cfg.out, "captions.jsonl")
+    settings = {k: getattr(cfg, k) for k in ("captioner", "caption_prompt", "data", "exclude",
+                                             "skip_bad_rows")}
+    made_by, *done = whole_lines(cache) or [settings]
+    if made_by != settings:
+        raise SystemExit(f"{cache} was made with other settings ({made_by}). Delete it, or take "
+                         "another --out.")
+    if out.exists():  # written last, so all is done
+        return str(out)
     model, encoder = load(cfg.captioner, device)
     rows = load_rows(cfg.data, encoder, "pixels", None, cfg.skip_bad_rows, cfg.exclude)
-    cache = Path(cfg.out, "captions.jsonl")
-    known = {c["media"]: c["caption"] for c in whole_lines(cache)}
+    if rank() == 0:
+        write_lines(cache, [settings, *done])
+    known = {c["media"]: c["caption"] for c in done}
     todo = {m: r["task"].startswith("video") for r in rows if not r["captions"]
             for m in r["media"] if m not in known}
     todo = list(todo.items())
@@ -1131,15 +1163,15 @@ def captioned(cfg, sample, device, max_new_tokens=300, batch_size=16):
         mine, some = todo[at:at + batch_size * world()][rank()::world()], []
         if mine:
             prompts = [encoder.encode(f"<{'video' if video else 'image'}> {cfg.caption_prompt}",
-                                      [m], video)
-                       for m, video in mine]
+                                      [m], video) for m, video in mine]
             ids = sample(model, encoder, prompts, 1, 0.0, max_new_tokens, None).ids
-            some = [{"media": m, "caption": encoder.decode(i)} for (m, _), i in zip(mine, ids)]
+            # what looks like a tag would make the row a bad one
+            some = [{"media": m, "caption": re.sub(r"<[^<>]*>|[<>]", "", encoder.decode(i)).strip()
+                     or "nothing to be seen"} for (m, _), i in zip(mine, ids)]
         for c in gather_list(some):
             known[c["media"]] = c["caption"]
             if rank() == 0:
                 append(cache, c)
-    out = Path(cfg.out, "captioned.jsonl")
     if rank() == 0:
         write_lines(out, [{**r, "captions": r["captions"] or [known[m] for m in r["media"]]}
                           for r in rows])
@@ -1241,16 +1273,17 @@ def sum_gradients(parameters):
             bucket, size = [], 0
 
 
-def batch_of(rows, step, batch_size, seed):
+def batch_of(rows, step, batch_size, seed, swaps=True):
     """The rows of step 0, 1, 2...: epoch after epoch, each in its own shuffled order, and in each
-    epoch each row shows its candidates in an order that is a coin of (seed, epoch, id). Depends on
-    nothing but its arguments, so a resumed run sees what an unbroken one would."""
+    epoch each row shows its candidates in an order that is a coin of (seed, epoch, id), unless
+    not swaps. Depends on nothing but its arguments, so a resumed run sees what an unbroken one
+    would."""
     out = []
     for k in range(step * batch_size, (step + 1) * batch_size):
         epoch, at = divmod(k, len(rows))
         order = _permutation(len(rows), seed, epoch)
         row = rows[order[at]]
-        out.append(swap(row) if coin(seed, epoch, row["id"]) and can_swap(row) else row)
+        out.append(swap(row) if swaps and coin(seed, epoch, row["id"]) and can_swap(row) else row)
     return out
 
 
@@ -1303,10 +1336,10 @@ MAY_CHANGE = ("out", "max_steps", "save_every", "eval_every", "eval_rows", "eval
 def whole_lines(path):
     """The objects of a .jsonl that a killed process may have left with a line cut in the middle."""
     out = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []:
+    for line in Path(path).read_bytes().split(b"\n") if Path(path).exists() else []:
         try:
             out.append(json.loads(line))
-        except ValueError:
+        except ValueError:  # also of a character cut in the middle, and of the empty last line
             break
     return out
 

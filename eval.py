@@ -31,7 +31,7 @@ def main():
     parser.add_argument("--votes", type=int, default=1, help="K sampled answers an order, majority "
                         "wins (paper: voting@16); 1 = one greedy answer")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the K sampled answers")
-    parser.add_argument("--max_new_tokens", type=int, default=112, help="paper: 1024")
+    parser.add_argument("--max_new_tokens", type=int, default=160, help="paper: 1024")
     parser.add_argument("--max_prompt_tokens", type=int, default=2048, help="longer prompts are "
                         "skipped and counted")
     parser.add_argument("--frames", type=int, default=8, help="frames a video (the paper's: 8)")

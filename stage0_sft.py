@@ -109,7 +109,7 @@ def main():
     common.end_processes()
 
 
-def finetune(model, encoder, rows, target, heldout, state, cfg, stage):
+def finetune(model, encoder, rows, target, heldout, state, cfg, stage, swaps=True):
     """Epochs over `rows`, each row's answer being target(row); resumes from `state`; writes the
     checkpoint with held-out results before and after. Stage 2b trains with it, too."""
     device = next(model.parameters()).device
@@ -134,7 +134,7 @@ def finetune(model, encoder, rows, target, heldout, state, cfg, stage):
                disable=common.rank() > 0, mininterval=2)
     for step in bar:
         began = time.time()
-        batch = common.batch_of(rows, step, cfg.batch_size, cfg.seed)[mine]
+        batch = common.batch_of(rows, step, cfg.batch_size, cfg.seed, swaps)[mine]
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1, (step + 1) / warmup)
         if cfg.gradient_checkpointing:

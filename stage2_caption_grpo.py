@@ -104,8 +104,8 @@ class Config:
 PAPER = dict(data=common.TABLE_5.format(5000, 2500, 2580, 4323, 2500, 2539), heldout="",
              captioner="OpenGVLab/InternVL3_5-8B-HF", caption_prompt="Describe this in detail.",
              replay="wangclnlp/GRAM-RR-TrainingData:4000", replay_candidates=4000,
-             batch_size=16, micro_batch=1,
-             rollout_batch=2, lr=1e-6, temperature=0.9, max_new_tokens=512, max_steps=1_495,
+             batch_size=18, micro_batch=1,  # 15 + 3: of 16, no 5:1 can be made
+             rollout_batch=2, lr=1e-6, temperature=0.9, max_new_tokens=512, max_steps=1_296,
              max_prompt_tokens=4096, gradient_checkpointing=True, save_every=200)
 
 
@@ -458,7 +458,10 @@ def main():
 def n_replay(cfg):
     """Replayed texts a batch: the share --replay_ratio asks for, to the nearest whole prompt."""
     captions, texts = map(int, cfg.replay_ratio.split(":"))
-    return round(cfg.batch_size * texts / (captions + texts))
+    n = round(cfg.batch_size * texts / (captions + texts))
+    if n == cfg.batch_size or texts and n == 0:
+        raise SystemExit(f"--replay_ratio {cfg.replay_ratio} needs a larger --batch_size")
+    return n
 
 
 def mixed_batch(rows, replay, step, cfg):
@@ -471,7 +474,8 @@ def choose_replay(model, encoder, cfg):
     """The "high-quality" text rows of MSRL 4.2. UNSPECIFIED: how they are chosen. Ours are those
     where the starting model names the label in both orders: label and judge vouch for each other,
     so a noisy label, the usual fault of large text sets, is unlikely to be replayed."""
-    rows = common.load_rows(cfg.replay, encoder, FORM, cfg.max_prompt_tokens, cfg.skip_bad_rows)
+    rows = common.load_rows(cfg.replay, encoder, FORM, cfg.max_prompt_tokens, cfg.skip_bad_rows,
+                            cfg.exclude)
     rows = common.batch_of(rows, 0, min(cfg.replay_candidates, len(rows)), cfg.seed)
     preds = common.judge(model, encoder, rows, sample_group, FORM, batch_size=cfg.eval_batch,
                          max_new_tokens=cfg.max_new_tokens, desc="choosing texts to replay")

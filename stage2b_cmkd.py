@@ -16,6 +16,7 @@ No gold label is used up to here: rows carry it along for the report alone.
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -38,7 +39,8 @@ class Config:
     temperature: float = knob(1.0, "of sampling (UNSPECIFIED)")
     rollout_batch: int = knob(32, "rows sampled together, over all processes; results are written "
                               "after each such batch")
-    form: str = knob("pixels", "what the student is shown; the teacher reads captions")
+    form: Literal["pixels", "caption"] = knob("pixels", "what the student is shown; the teacher "
+                                              "reads captions")
     freeze_vision: bool = knob(False, "freeze vision tower and projector (paper: no)")
     epochs: int = knob(3, "passes over the distilled rows (UNSPECIFIED; the released script: 1)")
     batch_size: int = knob(32, "rows an optimiser step, over all processes (paper: 128)")
@@ -46,7 +48,10 @@ class Config:
     lr: float = knob(5e-4, "AdamW, warm-up over 3 %% of the steps, then constant (paper: 2e-6)")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     max_prompt_tokens: int = knob(2048, "longer prompts are skipped and counted, never cut")
-    max_new_tokens: int = knob(112, "of the sampled rationales; longer ones count as malformed")
+    max_new_tokens: int = knob(160, "of the sampled rationales, longer ones count as malformed; "
+                               "and of held-out answers")
+    frames: int = knob(8, "frames a video, evenly spaced")
+    max_tiles: int = knob(12, "tiles an image; fewer save memory")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
     eval_batch: int = knob(128, "judgements decoded together")
     save_every: int = knob(100, "steps between saved states")
@@ -83,13 +88,15 @@ def distill(model, encoder, rows, cfg):
     an answer's tokens, end-of-sequence included. -> a list parallel to rows."""
     device = next(model.parameters()).device
     path = Path(cfg.out, "samples.jsonl")
-    settings = {k: getattr(cfg, k) for k in ("model", "data", "seed", "samples", "temperature",
-                                             "rollout_batch", "max_new_tokens")}
+    settings = {k: getattr(cfg, k) for k in (
+        "model", "data", "seed", "samples", "temperature", "rollout_batch", "max_new_tokens",
+        "exclude", "skip_bad_rows", "max_prompt_tokens", "frames", "max_tiles")}
     made_by, *done = common.whole_lines(path) or [settings]
-    if made_by != settings:
+    if made_by != settings or any(s["id"] != r["id"] for s, r in zip(done, rows)):
         raise SystemExit(f"{path} was sampled with other settings ({made_by}). Take another --out, "
                          "or delete it.")
-    done = done[:len(done) // cfg.rollout_batch * cfg.rollout_batch]  # whole batches
+    if len(done) < len(rows):
+        done = done[:len(done) // cfg.rollout_batch * cfg.rollout_batch]  # whole batches
     if common.rank() == 0:
         common.write_lines(path, [settings, *done])
     for at in tqdm(range(len(done), len(rows), cfg.rollout_batch), unit="batch", mininterval=1,
@@ -141,9 +148,16 @@ def main():
     cfg = common.parse_config(Config, __doc__, PAPER)
     device = common.start_processes(cfg.batch_size)
     state = common.open_run(cfg.out, cfg)
-    model, encoder = common.load(cfg.model, device, made_by="python stage2_caption_grpo.py")
-    rows = common.load_rows(cfg.data, encoder, "caption", cfg.max_prompt_tokens, cfg.skip_bad_rows,
+    model, encoder = common.load(cfg.model, device, made_by="python stage2_caption_grpo.py",
+                                 frames=cfg.frames, max_tiles=cfg.max_tiles)
+    # both forms are checked now, not after hours of sampling: the student's, then the teacher's
+    seen = common.load_rows(cfg.data, encoder, cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows,
                             cfg.exclude)
+    rows = [r for r in seen if r["captions"] or not r["media"]]
+    if not rows:
+        raise SystemExit(f"{cfg.data}: no row has captions; --captioner of stage 2 makes them.")
+    if common.rank() == 0 and len(rows) < len(seen):
+        print(f"{len(seen) - len(rows)} rows without captions left out")
     # the sides by a coin: the teacher may have a favourite, the labels' order is not to be trusted
     rows = [common.swap(r) if common.coin("cmkd", cfg.seed, r["id"]) else r for r in rows]
     rows, report = distilled(rows, distill(model, encoder, rows, cfg))
@@ -155,7 +169,8 @@ def main():
         raise SystemExit(f"{cfg.model} gave no usable rationale: {report}; see samples.jsonl")
     heldout = common.load_rows(cfg.heldout, encoder, cfg.form, cfg.max_prompt_tokens,
                                cfg.skip_bad_rows) if cfg.heldout else []
-    finetune(model, encoder, rows, target_text, heldout, state, cfg, stage="stage2b_cmkd")
+    finetune(model, encoder, rows, target_text, heldout, state, cfg, stage="stage2b_cmkd",
+             swaps=False)  # o* is what the teacher wrote about this order
     common.end_processes()
 
 

@@ -28,7 +28,8 @@ ABLATIONS = {"w/o stage 1": ["stage 0", "stage 2", "stage 2b", "stage 3"],
              "w/o stage 2b (CMKD)": ["stage 0", "stage 1", "stage 2", "stage 3"],
              "w/o stage 3": ["stage 0", "stage 1", "stage 2", "stage 2b"],
              "stages 0 and 3 only": ["stage 0", "stage 3"]}
-BASELINE = ["--target", "label", "--data", "toy/mm_rl.jsonl", "--freeze_vision", "False"]
+BASELINE = ["--target", "label", "--data", "toy/caption_rl.jsonl,toy/mm_rl.jsonl",
+            "--freeze_vision", "False", "--lr", "5e-4"]  # the same multimodal labels, 3 epochs
 
 
 def run(*command):

@@ -87,6 +87,9 @@ def test_vision_feedback(here, encoder):
          "conversations": json.dumps(turns) if i % 2 else turns} for i in range(N)]), encoder,
         "image_understanding")
     assert {better(r) for r in rows} == {"good"} and rows[0]["prompt"] == "What is it?"
+    for bad in (turns * 2, [], "{", [turns[0], {"preference_values": ["one"]}]):
+        with pytest.raises(common.BadRow):
+            list(common.convert({"id": 1, "image": "x.png", "conversations": bad}, 0))
     assert rows[0]["subset"] == "POVID" and rows[0]["media"] == [str(here / "x.png")]
 
 
@@ -128,7 +131,8 @@ def test_rapidata_images(here, encoder):
 
 
 def test_rapidata_videos(here, encoder):
-    # S6. Capitalised columns, files in Videos/. kills: the columns of S3, another folder
+    # S6. Capitalised columns; data/x.parquet and Videos/ side by side. kills: the columns of S3,
+    # another folder
     write_video(here / "Videos" / "w.mp4", 3), write_video(here / "Videos" / "z.mp4", 9)
     make = [{"prompt": f"dot {i}", "video1": "https://x", "video2": "https://y",
              "file_name1": "w.mp4" if i % 2 else "z.mp4",
@@ -138,9 +142,10 @@ def test_rapidata_videos(here, encoder):
              "weighted_results1_Alignment": 0.5, "weighted_results2_Alignment": 0.5}
             for i in range(N)]
     tie = {**make[0], "weighted_results1_Preference": 0.6}
-    rows = rows_of(write(here / "s6.jsonl", [*make, tie]), encoder, "video_generation")
+    rows = rows_of(write(here / "data" / "s6.jsonl", [*make, tie]), encoder, "video_generation")
     assert len(rows) == N
-    assert {r["media"]["AB".index(r["label"])] for r in rows} == {str(here / "Videos" / "w.mp4")}
+    won = {r["media"]["AB".index(r["label"])] for r in rows}
+    assert won == {str(here / "data" / ".." / "Videos" / "w.mp4")}
 
 
 def test_sharegptvideo(here, encoder):
@@ -181,7 +186,9 @@ def test_videodpo(here, encoder):
 def test_r1_reward(here, encoder):
     # kills: 1 and 2 exchanged, the sections cut wrongly, the author's absolute path used
     text = ("You are an impartial evaluator.\n###### [Question]:\n<image>What?\n"
-            "###### [Response 1]:\n{}\n###### [Response 2]:\n{}\n######")
+            "###### [Response 1]:\n{}\n###### [Response 2]:\n{}\n"
+            "###### **Output Format (strictly follow):** \n<think>Your analysis"
+            "</think><answer>1/2</answer>")
     picture("red").save(here / "x.png")
     make = [{"question": "q", "image": "x.png", "answer": [f"<answer>{1 + i % 2}</answer>"],
              "message": json.dumps([{"role": "user", "content": [
@@ -206,8 +213,9 @@ def test_rlaif_v_and_mm_rlhf(here, encoder, columns):
                    "image_understanding")
     assert len(rows) == N and {better(r) for r in rows} == {"good"}
     assert {r["prompt"] for r in rows} == {"What?"}
-    with pytest.raises(SystemExit, match=r"lost.jsonl:1.*does not exist"):
-        rows_of(write(here / "lost.jsonl", [{**make[0], "image": "y.png"}]), encoder, "")
+    for image, said in (("y.png", "does not exist"), (None, "lacks")):
+        with pytest.raises(SystemExit, match=f"lost.jsonl:1.*{said}"):
+            rows_of(write(here / "lost.jsonl", [{**make[0], "image": image}]), encoder, "")
 
 
 def test_rows_of_a_benchmark_are_left_out(here, encoder, capsys):
@@ -223,6 +231,9 @@ def test_rows_of_a_benchmark_are_left_out(here, encoder, capsys):
                            exclude=str(write(here / "bench.jsonl", bench)))
     assert [r["prompt"][-1] for r in got] == ["3", "5", "6", "7"]
     assert "4 left out: they are in" in capsys.readouterr().out
+    for path in (write(here / "none.jsonl", [{"x": 1}]), write(here / "list.jsonl", [[1]])):
+        with pytest.raises(SystemExit, match="exclude nothing"):
+            common.load_rows(str(here / "train.jsonl"), encoder, exclude=str(path))
     read = rows_of(here / "bench.jsonl", encoder, "image_understanding")
     assert [better(r) for r in read] == ["One." if i % 2 == 0 else f"Two {i}" for i in range(5)]
 

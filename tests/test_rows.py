@@ -618,7 +618,9 @@ def test_can_swap():
                  "A better one would say more. Bob is no B2.", "Chatbot A is a Big success."):
         assert common.can_swap(text_row(rationale=text)), text
     for text in ("B is better.", "Responses A and B are fine.", "I prefer B", "(B)",
-                 "Response A loses, so B.", "I prefer A", "A's plan.", "A: good."):
+                 "Response A loses, so B.", "I prefer A", "A's plan.", "A: good.",
+                 "Answer B is named by Response A.", "Response A is worse than the second one.",
+                 "Of Response A and Response B the latter."):
         assert not common.can_swap(text_row(rationale=text)), text
 
 

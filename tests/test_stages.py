@@ -125,6 +125,8 @@ def test_sampling_goes_on_where_it_was_killed(world, loaded, tmp_path, monkeypat
         cmkd.distill(*loaded, rows, config(cut, temperature=0.5))
     assert cmkd.distill(*loaded, rows, config(cut)) == want and calls == [5, 2]
     assert (cut / "samples.jsonl").read_text() == text
+    with pytest.raises(SystemExit, match="other settings"):  # not the rows it was sampled for
+        cmkd.distill(*loaded, rows[1:], config(cut))
 
 
 def test_the_target_is_the_caption_then_the_rationale():
@@ -145,7 +147,8 @@ def test_the_target_is_the_caption_then_the_rationale():
     (answer("A"), 0, 1), ("<caption>\nred\n</caption>\n" + answer("A"), 1, 1),
     (answer("A", "<caption>red</caption>"), 0, 1), ("<caption></caption>" + answer("A"), 0, 0),
     (answer("A") + "<caption>red</caption>", 0, 0), ("red " + answer("A"), 0, 0),
-    ("<caption>red" + answer("A"), 0, 0), ("<caption>a</caption>b" + answer("A"), 0, 0),
+    ("<caption>red" + answer("A"), 0, 0), ("<caption>3 < 5</caption>" + answer("A"), 1, 1),
+    ("<caption>a</caption>b" + answer("A"), 0, 0),
     ("<caption>a</caption><caption>b</caption>" + answer("A"), 0, 0)])
 def test_format_of_stage_3(text, seen, unseen):
     # A row with media needs one caption, first; a text row may do without.
@@ -156,7 +159,7 @@ def test_format_of_stage_3(text, seen, unseen):
 
 # ----------------------------------------------------------------------------------- 2: replay
 @pytest.mark.parametrize("ratio, size, texts", [("5:1", 24, 4), ("1:0", 24, 0), ("1:1", 24, 12),
-                                                ("2:1", 24, 8), ("4:1", 30, 6), ("5:1", 16, 3)])
+                                                ("2:1", 24, 8), ("4:1", 30, 6), ("5:1", 18, 3)])
 def test_replay_is_the_same_share_of_every_batch(ratio, size, texts):
     # kills: a mixture by chance, the ratio upside down, text first (ranks would not share it)
     rows, replay = ([{"id": f"{n}{i}", "media": [], "captions": [], "responses": ["x", "y"],
@@ -209,9 +212,12 @@ def test_captions_come_from_a_checkpoint(world, loaded, tmp_path, monkeypatch):
     assert sum(right) >= 0.9 * n  # held at 95 % and more on the backbone's own test
     cache = tmp_path / "captions.jsonl"
     cache.write_text("".join(cache.read_text().splitlines(True)[:7])[:-5])
-    calls.clear()
-    assert lines(common.captioned(cfg, sample, "cpu", batch_size=5)) == got
-    assert sum(calls) == n - 6
+    (tmp_path / "captioned.jsonl").unlink()
+    for want in (n - 5, 0):  # what was whole stays, and the second time nothing is left to do
+        calls.clear()
+        assert lines(common.captioned(cfg, sample, "cpu", batch_size=5)) == got
+        assert sum(calls) == want
+        assert len(lines(cache)) == n + 1
 
 
 # ----------------------------------------------------------------------------------- whole stages
@@ -272,7 +278,7 @@ def test_a_rank_without_images_waits_for_nobody(world, tmp_path):
     assert [m["step"] for m in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
 
 
-def test_distillation_runs_and_resumes(world, tmp_path):
+def test_distillation_runs_and_resumes(world, tmp_path, monkeypatch):
     # Samples, selects, trains on pixels, vision tower included; a second start has nothing to do.
     args = flags(model=toy_world.PREBUILT, data=world / "caption_rl.jsonl", samples=3, epochs=1,
                  batch_size=4, micro_batch=2, heldout=world / "heldout_image_understanding.jsonl",
@@ -285,5 +291,6 @@ def test_distillation_runs_and_resumes(world, tmp_path):
     before, after = vision(toy_world.PREBUILT), vision(tmp_path / "run")
     assert not all((before[k].float() == after[k]).all() for k in before)
     weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(cmkd, "sample_group", lambda *args: 1 / 0)
     run_here(cmkd.main, args)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
