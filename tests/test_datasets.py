@@ -17,7 +17,6 @@ import toy_world
 from PIL import Image
 
 import common
-from test_runs import one_thread  # noqa: F401  (a fixture)
 
 N = 24  # rows a set: enough that a hash puts the better one on either side
 

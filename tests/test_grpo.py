@@ -9,8 +9,6 @@ bank of wrong versions stands beside it, or "kills:" names edits of the source t
 
 import copy
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,12 +16,10 @@ import torch
 import transformers
 from transformers import cache_utils
 
-TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
-import common  # noqa: E402
-import stage0_sft  # noqa: E402
-import stage1_text_grpo as stage1  # noqa: E402
-import toy_world  # noqa: E402
+import common
+import stage0_sft
+import stage1_text_grpo as stage1
+import toy_world
 
 B, G, T, V = 3, 5, 7, 11  # sizes that no mixed-up axis can fit by accident
 OFF = math.inf            # max_grad_norm that never clips
@@ -32,15 +28,6 @@ LENGTHS = [[4, 1, 6, 2, 3], [5, 2, 1, 7, 3], [2, 8, 3, 1, 4]]
 
 
 # ------------------------------------------------------------------------------- an untrained world
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On matrices this small a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Models, encoders and prompts. The weights are 20 times the usual size, so that distributions

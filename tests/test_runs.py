@@ -25,29 +25,18 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-TESTS = Path(__file__).resolve().parent
-ROOT = TESTS.parent
-sys.path[:0] = [str(ROOT), str(TESTS)]
-import common  # noqa: E402
-import stage0_sft  # noqa: E402
-import stage1_text_grpo as stage1  # noqa: E402
-import stage2_caption_grpo as stage2  # noqa: E402
-import stage2b_cmkd as cmkd  # noqa: E402
-import stage3_mm_grpo as stage3  # noqa: E402
-import toy_world  # noqa: E402
+import common
+import stage0_sft
+import stage1_text_grpo as stage1
+import stage2_caption_grpo as stage2
+import stage2b_cmkd as cmkd
+import stage3_mm_grpo as stage3
+import toy_world
 
+ROOT = Path(__file__).resolve().parent.parent
 RM_BENCH = ROOT.parent / "shared" / "data" / "rm_bench_chat.json"
 ALONE = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 ENV = {**ALONE, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As many as run_there() gives: with another number sums round otherwise. It is faster, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import random
 import pytest
 import toy_world
 from safetensors.torch import load_file
-from test_runs import (  # noqa: F401  (two of them are fixtures)
-    ROOT, cpu_only, lines, one_thread, run_here, same_weights, torchrun)
+from test_runs import (  # noqa: F401  (cpu_only is a fixture)
+    ROOT, cpu_only, lines, run_here, same_weights, torchrun)
 
 import common
 import stage2_caption_grpo as stage2
