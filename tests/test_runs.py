@@ -481,7 +481,7 @@ def test_what_differs_between_stages_fits_on_a_screen():
     one, *others = [(ROOT / name).read_text().splitlines() for name in STAGES]
     for other in others:
         changed = [x for x in difflib.ndiff(one, other) if x[0] in "+-"]
-        assert len(changed) <= 105, len(changed)
+        assert len(changed) <= 120, len(changed)
 
 
 def test_the_comparison_of_copies_sees_a_byte():

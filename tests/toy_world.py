@@ -262,9 +262,7 @@ def against(said, true):
 def checks(row):
     """The feedback section: what is true, and whether each candidate agrees, item by item. What is
     said stands right beside what is true ("blue against red"): comparing neighbours is a circuit a
-    tiny model learns at once, comparing with a word further up it did not learn in 1,500 steps. A
-    picture's items end in what they come to (": differ"), so that a verdict reads one word, as it
-    does for a response: without it, RL on generation rows stayed at chance."""
+    tiny model learns at once, comparing with a word further up it did not learn in 1,500 steps."""
     if "facts" in row:
         f = row["facts"]
         return f"{f['item']} . " + " ".join(
@@ -272,8 +270,7 @@ def checks(row):
             for x, c in zip("AB", f["claims"]))
     wanted = dict(re.findall(r"(\w+) ([^.]+) \.", row["prompt"]))
     return " ".join(f"{noun(row['task'])} {x} shows " + " , ".join(
-        f"{k} {against(v, wanted[k])}" for k, v in scene.items())
-        + f" : {'match' if scene == wanted else 'differ'} ."
+        f"{k} {against(v, wanted[k])}" for k, v in scene.items()) + " ."
         for x, scene in zip("AB", row["scenes"]))
 
 
