@@ -4,7 +4,6 @@ but does not learn fails here.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(*args):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env=env, text=True,
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
