@@ -53,21 +53,32 @@ def train(stages, seed, folder, minutes):
     return folders
 
 
-def judge(folder, form, rows):
+def judge(folder, form, rows, files="heldout"):
     """Accuracy by task of one checkpoint, in per cent; kept beside it."""
-    kept = ROOT / folder / f"tasks_{form}_{rows}.json"
+    kept = ROOT / folder / f"{files}_{form}_{rows}.json"
     if not kept.exists():
         result = {}
         for task in TASKS:
-            out = kept.with_suffix(f".{task}.jsonl")
-            run("eval.py", "--model", folder, "--data", f"toy/heldout_{task}.jsonl:{rows}",
+            data, out = f"toy/{files}_{task}.jsonl", kept.with_suffix(f".{task}.jsonl")
+            run("eval.py", "--model", folder, "--data", f"{data}:{rows}",
                 "--form", form, "--max_new_tokens", 160, "--batch_size", 128, "--out", out)
             preds = [json.loads(line) for line in out.read_text().splitlines()]
             labels = {json.loads(line)["id"]: json.loads(line)["label"] for line in open(
-                ROOT / f"toy/heldout_{task}.jsonl")}
+                ROOT / data)}
             result[task] = 100 * sum(p["pred"] == labels[p["id"]] for p in preds) / len(preds)
         kept.write_text(json.dumps(result))
     return json.loads(kept.read_text())
+
+
+def shuffle_media():
+    """toy/shuffled_<task>.jsonl: each held-out row with the media of another. A judge that looks
+    falls to chance on these."""
+    for task in TASKS:
+        rows = [json.loads(line) for line in open(ROOT / f"toy/heldout_{task}.jsonl")]
+        for row, media in zip(rows, [r["media"] for r in rows[1:] + rows[:1]]):
+            row["media"] = media
+        (ROOT / f"toy/shuffled_{task}.jsonl").write_text(
+            "".join(json.dumps(r) + "\n" for r in rows), "utf-8")
 
 
 def show(title, table):
@@ -95,13 +106,15 @@ def main():
         run("tests/toy_world.py")
     tables = {form: {"backbone": [judge(Path("toy/backbone"), form, args.rows)]}
               for form in ["pixels"] + ["caption"] * args.captions}
-    ablations = {}
+    shuffle_media()
+    ablations, blind = {}, []
     for seed in args.seeds:
         folder, minutes = Path(args.out, f"seed{seed}"), {}
         for stage, out in train(list(SCRIPTS), seed, folder, minutes).items():
             for form, table in tables.items():
                 table.setdefault(stage, []).append(judge(out, form, args.rows))
         print(f"seed {seed}: " + ", ".join(f"{n} {m:.1f} min" for n, m in minutes.items()))
+        blind.append(judge(out, "pixels", args.rows, "shuffled"))
         if args.ablations:
             for name, stages in ABLATIONS.items():
                 last = list(train(stages, seed, folder, minutes).values())[-1]
@@ -113,6 +126,7 @@ def main():
                 judge(out, "pixels", args.rows))
     for form, table in tables.items():
         show(f"Held-out accuracy, {form} shown", table)
+    show("Does it look? Held-out rows with the media of another row", {"stage 3": blind})
     if ablations:
         show("Table 4 in miniature", {**ablations, "all stages": tables["pixels"]["stage 3"]})
 
