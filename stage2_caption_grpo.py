@@ -70,7 +70,7 @@ class Config:
                               "chunks draw other answers")
     freeze_vision: bool = knob(False, "freeze vision tower and projector. Paper: no, from stage 2 "
                                "on; its script: yes. Captions give them no gradient either way")
-    lr: float = knob(1e-5, "AdamW, constant (paper: 1e-6)")
+    lr: float = knob(3e-5, "AdamW, constant (paper: 1e-6)")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     beta: float = knob(0.04, "weight of the KL to the starting model; 0 loads no reference. Paper: "
                        "framework default 0.04; its script: 0")

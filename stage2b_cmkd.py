@@ -30,8 +30,9 @@ from stage2_caption_grpo import HELDOUT
 @dataclass
 class Config:
     model: str = knob("runs/stage2_caption_grpo", "teacher, and the student's starting point")
-    data: str = knob("toy/caption_rl.jsonl", "rows with media and captions. Text rows may be mixed "
-                     "in: they are distilled as they are, and keep text from being forgotten")
+    data: str = knob("toy/caption_rl.jsonl:900,toy/text_rl.jsonl:300", "rows with media and "
+                     "captions; text rows among them are distilled as they are. DEVIATION: the "
+                     "paper has none. On the toy world text fell to 63 without, 95 with them")
     heldout: str = knob(HELDOUT, "rows judged before and after; '' for none")
     out: str = knob("runs/stage2b_cmkd", "run folder; the same command resumes it")
     seed: int = knob(0, "of sampling and of the order of rows and sides")
@@ -45,7 +46,7 @@ class Config:
     epochs: int = knob(3, "passes over the distilled rows (UNSPECIFIED; the released script: 1)")
     batch_size: int = knob(32, "rows an optimiser step, over all processes (paper: 128)")
     micro_batch: int = knob(16, "rows a forward; changes memory, not the gradient")
-    lr: float = knob(5e-4, "AdamW, warm-up over 3 %% of the steps, then constant (paper: 2e-6)")
+    lr: float = knob(2e-4, "AdamW, warm-up over 3 %% of the steps, then constant (paper: 2e-6)")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     max_prompt_tokens: int = knob(2048, "longer prompts are skipped and counted, never cut")
     max_new_tokens: int = knob(160, "of the sampled rationales, longer ones count as malformed; "

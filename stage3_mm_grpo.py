@@ -64,7 +64,7 @@ class Config:
     freeze_vision: bool = knob(False, "freeze vision tower and projector (paper: no)")
     frames: int = knob(8, "frames a video, evenly spaced")
     max_tiles: int = knob(12, "tiles an image; fewer save memory")
-    lr: float = knob(1e-5, "AdamW, constant (paper: 1e-6)")
+    lr: float = knob(3e-5, "AdamW, constant (paper: 1e-6)")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     beta: float = knob(0.04, "weight of the KL to the starting model; 0 loads no reference. Paper: "
                        "framework default 0.04; its script: 0")
