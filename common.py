@@ -411,6 +411,71 @@ def task_reward(text, row):
     return 0.2 * (parse(text).type == row["task"].replace("_", " "))    # MSRL 4.2, r_task
 
 
+_SIDE = r"(?:response|image|video|answer|assistant|chatbot)\s*([ab12])\b"
+_COMPARES = re.compile(
+    rf"{_SIDE}\s+(is|isn't|(?:might|may|could) be)\s+((?:\w+\s+){{0,3}}?)"
+    r"(?:(better|best|superior|preferable|preferred|stronger)|worse|worst|inferior|weaker)\b"
+    rf"|\b(?:prefer|choose|select|favou?r)\s+{_SIDE}|\bbetter\s+(?:\w+\s+)?is\s+{_SIDE}")
+_STATES_NOTHING = re.compile(r"\b(?:if|whether|both|neither|equally|tie|tied|might|may|could)\b")
+
+
+def concluded(reasoning):
+    """The side that the last comparison in a reasoning names as the better: "A", "B", or None when
+    there is no comparison, or when the last one is a question, a condition, or about both."""
+    last = None
+    for sentence in re.findall(r"[^.!?;\n]+[.!?;\n]?", reasoning.lower().replace("*", "")):
+        found = list(_COMPARES.finditer(sentence))
+        if not found:
+            continue
+        subject, verb, between, good, chosen, named = found[-1].groups()
+        side = {"1": "a", "2": "b"}.get(x := subject or chosen or named, x)
+        negated = verb == "isn't" or re.search(r"\b(?:not|never|hardly)\b", between or "")
+        if subject and bool(good) == bool(negated):  # "is worse", "is not better"
+            side = "ab"[side == "a"]
+        unclear = sentence.endswith("?") or _STATES_NOTHING.search(sentence)
+        last = None if unclear else side.upper()
+    return last
+
+
+def rule_consistency(text):
+    """1 if the verdict is what the reasoning concluded, -1 if it is the opposite, 0 if one of the
+    two cannot be told."""
+    verdict = parse(text).verdict
+    side = concluded(text.partition("<think>")[2].partition("</think>")[0])
+    return 0 if None in (verdict, side) else 1 if verdict == side else -1
+
+
+def referee_consistency(folder, sample, device):
+    """-> a function like rule_consistency that asks a checkpoint (R1-Reward: Qwen2.5-VL-7B), text
+    only. As released, it reads the last three lines before the answer; each distinct question is
+    asked once. UNSPECIFIED: its prompt is not published."""
+    model, encoder = load(folder, device)
+
+    @lru_cache(maxsize=100_000)
+    def asked(end, verdict):
+        prompt = encoder.encode(
+            f"Conclusion: {end}\nStatement: Response {verdict} is better.\nReply with 1 if the "
+            "conclusion means the same as the statement; reply with 0 if it is ambiguous, means "
+            "the opposite, or approves both.")
+        said = encoder.decode(sample(model, encoder, [prompt], 1, 0.0, 8, None).ids[0])
+        digit = re.findall(r"[01]", said)
+        return 0 if len(digit) != 1 else 1 if digit[0] == "1" else -1
+
+    def consistency(text):
+        verdict = parse(text).verdict
+        lines = text.rpartition("<answer>")[0].replace("</think>", "").strip().splitlines()
+        return 0 if verdict is None else asked("; ".join(filter(None, lines[-3:])), verdict)
+    return consistency
+
+
+def consistency_reward(referee, sample, device):
+    """-> the reward of R1-Reward 4.3: counted only where the verdict is right, so that a wrong
+    one cannot earn it. `referee` is "rule" or a checkpoint."""
+    consistency = rule_consistency if referee == "rule" else referee_consistency(
+        referee, sample, device)
+    return lambda text, row: accuracy_reward(text, row) * consistency(text)
+
+
 # ==================================================================================================
 # 3. Preference rows
 
@@ -812,6 +877,35 @@ def fingerprint(row):
     return (plain(row["prompt"]), *sorted(map(plain, row["responses"])))
 
 
+def fingerprints(sources):
+    """Of all rows in these benchmark files."""
+    known = set()
+    for source in filter(None, sources.split(",")):
+        found = set()
+        for where, raw in raw_rows(source):
+            if isinstance(raw, dict) and "media" not in raw:
+                raw = {**raw, "image": raw.get("image") or "-"}  # only the texts are needed
+            try:
+                found |= {fingerprint(row) for row in convert(raw, where)} - {None}
+            except BadRow as e:
+                raise SystemExit(f"{where}: row {e}; --exclude needs a benchmark that can be read.")
+        if not found:
+            raise SystemExit(f"{source}: holds no row with a prompt and two responses; --exclude "
+                             "would exclude nothing.")
+        known |= found
+    return known
+
+
+def checked(raw, where, folder, encoder, form):
+    """One row as it stands in a file -> its preference rows, each with the length of its encoded
+    prompt under "tokens". Raises BadRow."""
+    if isinstance(raw, BadRow):
+        raise raw
+    for row in convert(raw, where.rpartition(":")[2].strip("[]")):
+        row = check_row(row, folder, tuple(dict.fromkeys(FORBIDDEN + encoder.special_tokens)))
+        yield {**row, "tokens": encoder.check(row, form)}
+
+
 def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_rows=False,
               exclude="", quiet=False):
     """Comma-separated sources (`a.jsonl`, or `a.jsonl:500` for a sample of 500) -> list of checked
@@ -822,22 +916,7 @@ def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_
     because a prompt cut in the middle is another question. Rows that also occur in the sources of
     `exclude` (benchmarks) are left out. All three are counted and printed.
     """
-    rows, bad, too_long, known = [], Counter(), 0, 0
-    forbidden = tuple(dict.fromkeys(FORBIDDEN + encoder.special_tokens))
-    benchmark = set()
-    for source in filter(None, exclude.split(",")):
-        found = set()
-        for where, raw in raw_rows(source):
-            if isinstance(raw, dict) and "media" not in raw:
-                raw = {**raw, "image": raw.get("image") or "-"}  # only the texts are needed
-            try:
-                found |= {fingerprint(row) for row in convert(raw, where)}
-            except BadRow as e:
-                raise SystemExit(f"{where}: row {e}; --exclude needs a benchmark that can be read.")
-        if not found - {None}:
-            raise SystemExit(f"{source}: holds no row with a prompt and two responses; --exclude "
-                             "would exclude nothing.")
-        benchmark |= found - {None}
+    rows, bad, too_long, known, excluded = [], Counter(), 0, 0, fingerprints(exclude)
     for source in sources.split(","):
         sampled = re.fullmatch(r"(.+):(\d+)", source)
         source, count = (sampled[1], int(sampled[2])) if sampled else (source, math.inf)
@@ -847,23 +926,20 @@ def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_
             if taken >= count:  # a sample that is the same in every run
                 break
             try:
-                if isinstance(raw, BadRow):
-                    raise raw
-                for row in convert(raw, where.rpartition(":")[2].strip("[]")):
-                    row = check_row(row, Path(source).parent, forbidden)
-                    row["tokens"] = encoder.check(row, form)
-                    if max_prompt_tokens and row["tokens"] > max_prompt_tokens:
-                        too_long += 1
-                    elif benchmark and fingerprint(row) in benchmark:
-                        known += 1
-                    elif taken < count:
-                        rows.append(row)
-                        taken += 1
+                some = list(checked(raw, where, Path(source).parent, encoder, form))
             except BadRow as e:
                 if not skip_bad_rows:
                     raise SystemExit(f"{where}: row {e}.\nMend it, or pass --skip_bad_rows to "
                                      "leave such rows out and count them.")
                 bad[str(e)[:60]] += 1
+                continue
+            short = [r for r in some if not max_prompt_tokens or r["tokens"] <= max_prompt_tokens]
+            new = [r for r in short if not excluded or fingerprint(r) not in excluded]
+            too_long += len(some) - len(short)
+            known += len(short) - len(new)
+            new = new[:None if count == math.inf else count - taken]
+            rows += new
+            taken += len(new)
     if not quiet and rank() == 0:
         print(f"{sources}: {len(rows)} rows"
               + (f", {bad.total()} bad rows skipped {dict(bad.most_common(5))}" if bad else "")
@@ -872,6 +948,22 @@ def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_
     if not rows:
         raise SystemExit(f"{sources}: no usable row left.")
     return rows
+
+
+def hard_rows(rows, min_attempts):
+    """Rows a model needed at least so many attempts for (R1-Reward 4.3: 2); eval.py --attempts
+    writes how many."""
+    if not min_attempts:
+        return rows
+    if any("attempts" not in r for r in rows):
+        raise SystemExit("--min_attempts needs rows with \"attempts\"; eval.py --attempts 3 --out "
+                         "rows.jsonl writes them.")
+    hard = [r for r in rows if r["attempts"] >= min_attempts]
+    if rank() == 0:
+        print(f"{len(hard)} of {len(rows)} rows need {min_attempts} attempts or more")
+    if not hard:
+        raise SystemExit(f"no row needs {min_attempts} attempts; choose a smaller --min_attempts.")
+    return hard
 
 
 # ==================================================================================================

@@ -35,7 +35,9 @@ STAGE = Path(__file__).stem
 FORM = "pixels"  # how rows with media are shown; text rows have none
 REWARDS = {"format": format_reward, "accuracy": accuracy_reward}
 SCHEMES = {"paper": {"format": 1.0, "accuracy": 1.0},   # Eq. 4
-           "script": {"format": 0.2, "accuracy": 1.0}}  # the released train_stage1_grpo.sh
+           "script": {"format": 0.2, "accuracy": 1.0},  # the released train_stage1_grpo.sh
+           # R1-Reward 4.3: 0.5 * format + accuracy * (1 + 0.5 * consistency)
+           "r1": {"format": 0.5, "accuracy": 1.0, "consistency": 0.5}}
 
 
 def knob(default, help):
@@ -74,8 +76,11 @@ class Config:
     normaliser: Literal["sequence", "token"] = knob(
         "sequence", "'sequence': mean over answers of token means (GRPO, the paper's framework); "
         "'token': mean over tokens (TRL's default)")
-    reward: Literal["paper", "script"] = knob(
-        "paper", "'paper': format 1 + accuracy 1 (Eq. 4); 'script': 0.2 + 1, as released")
+    reward: Literal["paper", "script", "r1"] = knob(
+        "paper", "'paper': format 1 + accuracy 1 (Eq. 4); 'script': 0.2 + 1, as released; "
+        "'r1': R1-Reward's, with consistency of reasoning and verdict")
+    referee: str = knob("rule", "who tells consistency: 'rule' (the last comparison stated) or a "
+                        "checkpoint that is asked, text only (R1-Reward: Qwen2.5-VL-7B-Instruct)")
     temperature: float = knob(1.0, "of sampling and of the scored distribution; no top-p or top-k")
     max_prompt_tokens: int = knob(1024, "longer prompts are skipped and counted, never cut")
     max_new_tokens: int = knob(112, "answers are cut here and count as truncated (paper: 512)")
@@ -88,6 +93,8 @@ class Config:
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
     exclude: str = knob("", "benchmark files; training rows that are in them too are left out "
                         "(the paper's S1 is built from VL-RewardBench's sources)")
+    min_attempts: int = knob(0, "train on rows that took eval.py --attempts this many or more "
+                             "(R1-Reward: 2, progressive difficulty)")
 
 
 PAPER = dict(data="wangclnlp/GRAM-RR-TrainingData:400000", heldout="",
@@ -357,6 +364,7 @@ def main():
                                   betas=(0.9, 0.95), weight_decay=0.0)
     limits = FORM, cfg.max_prompt_tokens, cfg.skip_bad_rows
     rows = common.load_rows(cfg.data, encoder, *limits, exclude=cfg.exclude)
+    rows = common.hard_rows(rows, cfg.min_attempts)
     heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
     looks = heldout[::max(1, len(heldout) // cfg.eval_rows)]  # spread over all tasks
     start, before = 0, None
@@ -367,6 +375,9 @@ def main():
     elif heldout:
         before = evaluate(model, encoder, heldout, cfg, "before", FORM)
     del state
+    functions = dict(REWARDS)
+    if cfg.reward == "r1":
+        functions["consistency"] = common.consistency_reward(cfg.referee, sample_group, device)
 
     # ------------------------------------------------------------------------------ the GRPO loop
     mine = slice(common.rank(), None, common.world())  # whole groups never straddle processes
@@ -392,8 +403,8 @@ def main():
         texts = [encoder.decode(ids) for ids in rollout.ids]                           # N
         owners = [row for row in batch for _ in range(cfg.group_size)]
         each = {name: torch.tensor([f(t, r) for t, r in zip(texts, owners)], dtype=torch.float64)
-                .view(-1, cfg.group_size) for name, f in REWARDS.items()}
-        rewards = sum(SCHEMES[cfg.reward][name] * r for name, r in each.items())
+                .view(-1, cfg.group_size) for name, f in functions.items()}
+        rewards = sum(weight * each[name] for name, weight in SCHEMES[cfg.reward].items())
 
         # 3. advantages [B, G]
         everyone = common.gather(rewards)                                              # [B_all, G]

@@ -1,10 +1,10 @@
 """
-The whole curriculum on the toy world, as a user would run it, and the table of what each stage
+The whole curriculum on the toy world, as a user would run it, and the tables of what each stage
 buys. Slow, so not part of the tests.
 
-    python tests/curriculum.py --seeds 0              # text -> captions -> distillation -> pixels
-    python tests/curriculum.py --seeds 0 1 2          # mean and spread over seeds
-    python tests/curriculum.py --seeds 0 --ablations  # and Table 4 in miniature
+    python tests/curriculum.py                        # text -> captions -> distillation -> pixels
+    python tests/curriculum.py --seeds 0 1 2          # mean and range over seeds
+    python tests/curriculum.py --ablations            # Table 4, Table 6, Figure 3 in miniature
 
 Every command is printed before it runs; what is finished already is not run again.
 """
@@ -14,42 +14,56 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TASKS = ("text", "image_understanding", "image_generation", "video_understanding",
-         "video_generation")
-SCRIPTS = {"stage 0": "stage0_sft.py", "stage 1": "stage1_text_grpo.py",
-           "stage 2": "stage2_caption_grpo.py", "stage 2b": "stage2b_cmkd.py",
-           "stage 3": "stage3_mm_grpo.py"}
-# Table 4 of MSRL: the curriculum without one of its stages, and the generative baseline
-ABLATIONS = {"w/o stage 1": ["stage 0", "stage 2", "stage 2b", "stage 3"],
-             "w/o stage 2 (captions)": ["stage 0", "stage 1", "stage 2b", "stage 3"],
-             "w/o stage 2b (CMKD)": ["stage 0", "stage 1", "stage 2", "stage 3"],
-             "w/o stage 3": ["stage 0", "stage 1", "stage 2", "stage 2b"],
-             "stages 0 and 3 only": ["stage 0", "stage 3"]}
-BASELINE = ["--target", "label", "--data", "toy/caption_rl.jsonl,toy/mm_rl.jsonl",
-            "--freeze_vision", "False", "--lr", "5e-4"]  # the same multimodal labels, 3 epochs
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+from stage1_text_grpo import sample_group  # noqa: E402
+
+SCRIPTS = {"0": "stage0_sft.py", "1": "stage1_text_grpo.py", "2": "stage2_caption_grpo.py",
+           "2b": "stage2b_cmkd.py", "3": "stage3_mm_grpo.py"}
+STAGES = ["0", "1", "2", "2b", "3"]
+# A step of a run is a stage, or a stage with other flags: 1@20 is stage 1 of 20 steps
+VARIANTS = {"1@20": ["--max_steps", 20], "3@500": ["--data", "toy/mm_rl.jsonl:500"],
+            "2@1to0": ["--replay_ratio", "1:0"], "2@4to1": ["--replay_ratio", "4:1"],
+            "2@2to1": ["--replay_ratio", "2:1"], "2@1to1": ["--replay_ratio", "1:1"]}
+TABLE_4 = {"w/o stage 1": ["0", "2", "2b", "3"], "w/o stage 2 (captions)": ["0", "1", "2b", "3"],
+           "w/o stage 2b (CMKD)": ["0", "1", "2", "3"], "w/o stage 3": ["0", "1", "2", "2b"],
+           "stages 0 and 3 only": ["0", "3"]}
+TABLE_6 = {"1:0": ["0", "1", "2@1to0"], "1:1": ["0", "1", "2@1to1"], "2:1": ["0", "1", "2@2to1"],
+           "4:1": ["0", "1", "2@4to1"], "5:1 (default)": ["0", "1", "2"]}
+# Text prompts of stage 1 (24 a step) and multimodal rows of stage 3; the paper: 5k and 20k of these
+FIGURE_3 = {"0 text, 500 rows": ["0", "2", "2b", "3@500"], "0 text, 2000 rows": ["0", "2", "2b", "3"],
+            "480 text, 500 rows": ["0", "1@20", "2", "2b", "3@500"],
+            "480 text, 2000 rows": ["0", "1@20", "2", "2b", "3"],
+            "2880 text, 500 rows": ["0", "1", "2", "2b", "3@500"],
+            "2880 text, 2000 rows": STAGES}
+# the paper's two baselines see the multimodal labels, too: all the rows of stages 2 to 3
+MULTIMODAL = ["--model", "toy/backbone", "--data", "toy/caption_rl.jsonl,toy/mm_rl.jsonl"]
+BASELINES = {"generative baseline (Eq. 2)": [
+    "stage0_sft.py", *MULTIMODAL, "--target", "label", "--freeze_vision", "False", "--lr", "5e-4"]}
 
 
 def run(*command):
     print("$ python " + " ".join(map(str, command)), flush=True)
     start = time.time()
     subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
-    return time.time() - start
+    return (time.time() - start) / 60
 
 
-def train(stages, seed, folder, minutes):
+def train(steps, seed, folder, minutes):
     """Run these stages one after another, each from the one before. Runs that start alike share
-    their folders. -> the folder of each stage."""
+    their folders. -> the folder of each step."""
     parent, name, folders = "toy/backbone", "", {}
-    for stage in stages:
-        script = SCRIPTS[stage]
-        name += ("-" if name else "") + stage.removeprefix("stage ")
+    for step in steps:
+        name += ("-" if name else "") + step
         out = folder / name
         if not (ROOT / out / "stage.json").exists():
-            minutes[name] = run(script, "--model", parent, "--out", out, "--seed", seed) / 60
-        parent = folders[stage] = out
+            minutes[name] = run(SCRIPTS[step.partition("@")[0]], "--model", parent, "--out", out,
+                                "--seed", seed, "--heldout", "", *VARIANTS.get(step, []))
+        parent = folders[step] = out
     return folders
 
 
@@ -58,7 +72,7 @@ def judge(folder, form, rows, files="heldout"):
     kept = ROOT / folder / f"{files}_{form}_{rows}.json"
     if not kept.exists():
         result = {}
-        for task in TASKS:
+        for task in common.TASKS:
             data, out = f"toy/{files}_{task}.jsonl", kept.with_suffix(f".{task}.jsonl")
             run("eval.py", "--model", folder, "--data", f"{data}:{rows}",
                 "--form", form, "--max_new_tokens", 160, "--batch_size", 128, "--out", out)
@@ -73,7 +87,7 @@ def judge(folder, form, rows, files="heldout"):
 def shuffle_media():
     """toy/shuffled_<task>.jsonl: each held-out row with the media of another. A judge that looks
     falls to chance on these."""
-    for task in TASKS:
+    for task in common.TASKS:
         rows = [json.loads(line) for line in open(ROOT / f"toy/heldout_{task}.jsonl")]
         for row, media in zip(rows, [r["media"] for r in rows[1:] + rows[:1]]):
             row["media"] = media
@@ -81,13 +95,33 @@ def shuffle_media():
             "".join(json.dumps(r) + "\n" for r in rows), "utf-8")
 
 
+def judge_blanked(folder, rows):
+    """As judge(), but the model's own caption is empty: its answer begins with <caption></caption>
+    and it goes on from there, still seeing the pixels."""
+    kept = ROOT / folder / f"blanked_pixels_{rows}.json"
+    if not kept.exists():
+        model, encoder = common.load(str(ROOT / folder))
+        blank = encoder.answer_ids("<caption>\n</caption>\n")[:-1]
+
+        def sample(model, encoder, prompts, *args):
+            begun = [replace(p, ids=p.ids + blank) for p in prompts]
+            return sample_group(model, encoder, begun, *args)
+        result = {}
+        for task in common.TASKS:
+            data = common.load_rows(f"{ROOT}/toy/heldout_{task}.jsonl:{rows}", encoder, quiet=True)
+            preds = common.judge(model, encoder, data, sample, batch_size=128, max_new_tokens=160)
+            result[task] = 100 * common.summarize(data, preds)["accuracy"]
+        kept.write_text(json.dumps(result))
+    return json.loads(kept.read_text())
+
+
 def show(title, table):
     """table: {name: one {task: per cent} a seed} -> Markdown, mean and range over seeds."""
-    print(f"\n{title}\n\n| | " + " | ".join(t.replace("_", " ") for t in TASKS)
+    print(f"\n{title}\n\n| | " + " | ".join(t.replace("_", " ") for t in common.TASKS)
           + " | visual mean |\n|---|" + "--:|" * 6)
     for name, seeds in table.items():
-        columns = [[s[t] for s in seeds] for t in TASKS]
-        columns.append([sum(s[t] for t in TASKS[1:]) / 4 for s in seeds])
+        columns = [[s[t] for s in seeds] for t in common.TASKS]
+        columns.append([sum(s[t] for t in common.TASKS[1:]) / 4 for s in seeds])
         cells = [f"{sum(c) / len(c):.1f}" + (f" ({min(c):.0f}-{max(c):.0f})" if len(c) > 1 else "")
                  for c in columns]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
@@ -98,37 +132,48 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", type=int, default=200, help="held-out rows a task, both orders")
-    parser.add_argument("--captions", action="store_true", help="a second table: captions shown")
-    parser.add_argument("--ablations", action="store_true", help="Table 4 in miniature")
+    parser.add_argument("--ablations", action="store_true",
+                        help="Table 4 with the baselines, Table 6 and Figure 3 in miniature")
     parser.add_argument("--out", default="runs", help="runs/seed<S>/... are written here")
     args = parser.parse_args()
     if not (ROOT / "toy" / "backbone").exists():
         run("tests/toy_world.py")
-    tables = {form: {"backbone": [judge(Path("toy/backbone"), form, args.rows)]}
-              for form in ["pixels"] + ["caption"] * args.captions}
     shuffle_media()
-    ablations, blind = {}, []
+    forms = {form: {"backbone": [judge("toy/backbone", form, args.rows)]}
+             for form in ("caption", "pixels")}
+    looks = {"stage 3": [], "media of another row": [], "its own caption blanked": []}
+    four, six, three = {}, {}, {}
     for seed in args.seeds:
         folder, minutes = Path(args.out, f"seed{seed}"), {}
-        for stage, out in train(list(SCRIPTS), seed, folder, minutes).items():
-            for form, table in tables.items():
-                table.setdefault(stage, []).append(judge(out, form, args.rows))
-        print(f"seed {seed}: " + ", ".join(f"{n} {m:.1f} min" for n, m in minutes.items()))
-        blind.append(judge(out, "pixels", args.rows, "shuffled"))
+
+        def last(steps):
+            return list(train(steps, seed, folder, minutes).values())[-1]
+        for stage, out in train(STAGES, seed, folder, minutes).items():
+            for form, table in forms.items():
+                table.setdefault(f"stage {stage}", []).append(judge(out, form, args.rows))
+        looks["stage 3"].append(judge(out, "pixels", args.rows))
+        looks["media of another row"].append(judge(out, "pixels", args.rows, "shuffled"))
+        looks["its own caption blanked"].append(judge_blanked(out, args.rows))
         if args.ablations:
-            for name, stages in ABLATIONS.items():
-                last = list(train(stages, seed, folder, minutes).values())[-1]
-                ablations.setdefault(name, []).append(judge(last, "pixels", args.rows))
-            out = folder / "baseline"
-            if not (ROOT / out / "stage.json").exists():
-                run("stage0_sft.py", *BASELINE, "--out", out, "--seed", seed)
-            ablations.setdefault("generative baseline (Eq. 2)", []).append(
-                judge(out, "pixels", args.rows))
-    for form, table in tables.items():
+            for name, steps in TABLE_4.items():
+                four.setdefault(name, []).append(judge(last(steps), "pixels", args.rows))
+            for name, command in BASELINES.items():
+                out = folder / command[0].removesuffix(".py")
+                if not (ROOT / out / "stage.json").exists():
+                    minutes[name] = run(*command, "--out", out, "--seed", seed, "--heldout", "")
+                four.setdefault(name, []).append(judge(out, "pixels", args.rows))
+            for name, steps in TABLE_6.items():
+                six.setdefault(name, []).append(judge(last(steps), "caption", args.rows))
+            for name, steps in FIGURE_3.items():
+                three.setdefault(name, []).append(judge(last(steps), "pixels", args.rows))
+        print(f"seed {seed}: " + ", ".join(f"{n} {m:.1f} min" for n, m in minutes.items()))
+    for form, table in forms.items():
         show(f"Held-out accuracy, {form} shown", table)
-    show("Does it look? Held-out rows with the media of another row", {"stage 3": blind})
-    if ablations:
-        show("Table 4 in miniature", {**ablations, "all stages": tables["pixels"]["stage 3"]})
+    show("Does it look?", looks)
+    if args.ablations:
+        show("Table 4 in miniature", {**four, "all stages": forms["pixels"]["stage 3"]})
+        show("Table 6 in miniature (captions shown, after stage 2)", six)
+        show("Figure 3 in miniature", three)
 
 
 if __name__ == "__main__":

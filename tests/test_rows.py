@@ -1277,3 +1277,72 @@ def test_same_seed_same_bytes(tmp_path):
     assert len(here) > 80 and here == hashes(tmp_path / "there")
     other = hashes(tmp_path / "4")
     assert all(here[k] != other[k] for k in here.keys() & other.keys())
+
+
+# --------------------------------------------------------------------------- R1-Reward's consistency
+@pytest.mark.parametrize("reasoning, side", [
+    ("Response A is better .", "A"), ("Response 2 is clearly the better one.", "B"),
+    ("Response A is **worse**.", "B"), ("The answer 1 is not better.", "B"),
+    ("Image B isn't the best", "A"), ("I prefer Response B", "B"),
+    ("The better response is Response 1.", "A"),
+    # the last comparison counts, and its subject, not the one it is compared with
+    ("Response A is better at first sight. Yet Response B is better.", "B"),
+    ("Response A is better than Response B", "A"),
+    ("Response B is better.\nResponse A is right.", "B"),  # "right" compares nothing
+    # hostile: nothing is stated, or both, or it is asked
+    ("", None), ("Response C is better", None), ("If Response A is better, so be it", None),
+    ("Neither Response A nor Response B is better.", None), ("Is Response A better?", None),
+    ("Response A is better. Whether Response B is better is open.", None),
+    ("Response A is better; or Response B might be better", None),
+])
+def test_what_a_reasoning_concludes(reasoning, side):
+    # kills: the first comparison, the last name, negation ignored, "worse" read as praise
+    assert common.concluded(reasoning) == side
+    for verdict in "AB":
+        text = f"<think>\n{reasoning}\n</think>\n<answer>\n{verdict}\n</answer>"
+        want = 0 if side is None else 1 if side == verdict else -1
+        assert common.rule_consistency(text) == want
+    assert common.rule_consistency(f"<think>{reasoning}</think>") == 0  # no verdict
+    # what stands behind the reasoning is not reasoning
+    assert common.rule_consistency("<think></think>Response A is better<answer>A</answer>") == 0
+
+
+def test_r1_reward_is_the_papers(monkeypatch):
+    # 0.5 format + accuracy (1 + 0.5 consistency): 2, 1, 0.5 and 0.5 for the four kinds of answer.
+    # kills: consistency paid to wrong verdicts, 0 for -1, the referee asked twice
+    import stage1_text_grpo as stage1
+    text = "<think>\nResponse {} is better.\n</think>\n<answer>\n{}\n</answer>".format
+    reward = common.consistency_reward("rule", None, None)
+    functions = {**stage1.REWARDS, "consistency": reward}
+    got = [sum(w * functions[n](t, {"label": "A"}) for n, w in stage1.SCHEMES["r1"].items())
+           for t in (text("A", "A"), text("B", "A"), text("B", "B"), text("A", "B"), "A")]
+    assert got == [2.0, 1.0, 0.5, 0.5, 0.0]
+    # a checkpoint as referee: one question for each conclusion and verdict, the last three lines
+    asked = []
+
+    class Fake:
+        def encode(self, text):
+            asked.append(text)
+            return text
+
+        def decode(self, ids):
+            return ids
+    monkeypatch.setattr(common, "load", lambda *a: (None, Fake()))
+    say = {"A": "1", "B": "0", "C": "0 or 1"}
+    sample = lambda model, encoder, prompts, *a: type("R", (), {  # noqa: E731
+        "ids": [say[prompts[0].split("Response ")[1][0]]]})
+    referee = common.referee_consistency("folder", sample, "cpu")
+    assert [referee(text(x, "A")) for x in "ABCAB"] == [1, -1, 0, 1, -1] and len(asked) == 3
+    referee("<think>\none\ntwo\n\nResponse A three\nResponse A four\n</think>\n<answer>B</answer>")
+    assert "two; Response A three" not in asked[-1] and "three; Response A four" in asked[-1]
+    assert "Response B is better" in asked[-1]
+
+
+def test_hard_rows_only(capsys):
+    rows = [{"id": i, "attempts": n} for i, n in enumerate((1, 2, 4, 1, 3))]
+    assert common.hard_rows(rows, 0) is rows
+    assert [r["id"] for r in common.hard_rows(rows, 2)] == [1, 2, 4]
+    with pytest.raises(SystemExit, match="smaller"):
+        common.hard_rows(rows, 5)
+    with pytest.raises(SystemExit, match="eval.py --attempts"):
+        common.hard_rows([*rows, {"id": 9}], 2)
