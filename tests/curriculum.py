@@ -35,7 +35,8 @@ TABLE_4 = {"w/o stage 1": ["0", "2", "2b", "3"], "w/o stage 2 (captions)": ["0",
 TABLE_6 = {"1:0": ["0", "1", "2@1to0"], "1:1": ["0", "1", "2@1to1"], "2:1": ["0", "1", "2@2to1"],
            "4:1": ["0", "1", "2@4to1"], "5:1 (default)": ["0", "1", "2"]}
 # Text prompts of stage 1 (24 a step) and multimodal rows of stage 3; the paper: 5k and 20k of these
-FIGURE_3 = {"0 text, 500 rows": ["0", "2", "2b", "3@500"], "0 text, 2000 rows": ["0", "2", "2b", "3"],
+FIGURE_3 = {"0 text, 500 rows": ["0", "2", "2b", "3@500"],
+            "0 text, 2000 rows": ["0", "2", "2b", "3"],
             "480 text, 500 rows": ["0", "1@20", "2", "2b", "3@500"],
             "480 text, 2000 rows": ["0", "1@20", "2", "2b", "3"],
             "2880 text, 500 rows": ["0", "1", "2", "2b", "3@500"],
@@ -67,19 +68,27 @@ def train(steps, seed, folder, minutes):
     return folders
 
 
-def judge(folder, form, rows, files="heldout"):
-    """Accuracy by task of one checkpoint, in per cent; kept beside it."""
-    kept = ROOT / folder / f"{files}_{form}_{rows}.json"
+def judge(folder, form, rows, files="heldout", blank=False):
+    """Accuracy by task of one checkpoint, in per cent, both orders, greedy; kept beside it. blank:
+    the model's own caption is empty, its answer begins with <caption></caption> and it goes on
+    from there, still seeing the pixels."""
+    kept = ROOT / folder / f"{files}_{form}_{rows}{'_blank' * blank}.json"
     if not kept.exists():
+        print(f"judging {folder}, {form} of {files} rows{', its own caption blanked' * blank}",
+              flush=True)
+        model, encoder = common.load(str(ROOT / folder))
+        ids = encoder.answer_ids("<caption>\n</caption>\n")[:-1]
+
+        def sample(model, encoder, prompts, *args):
+            begun = [replace(p, ids=p.ids + ids) if blank else p for p in prompts]
+            return sample_group(model, encoder, begun, *args)
         result = {}
         for task in common.TASKS:
-            data, out = f"toy/{files}_{task}.jsonl", kept.with_suffix(f".{task}.jsonl")
-            run("eval.py", "--model", folder, "--data", f"{data}:{rows}",
-                "--form", form, "--max_new_tokens", 160, "--batch_size", 128, "--out", out)
-            preds = [json.loads(line) for line in out.read_text().splitlines()]
-            labels = {json.loads(line)["id"]: json.loads(line)["label"] for line in open(
-                ROOT / data)}
-            result[task] = 100 * sum(p["pred"] == labels[p["id"]] for p in preds) / len(preds)
+            data = common.load_rows(f"{ROOT}/toy/{files}_{task}.jsonl:{rows}", encoder, form,
+                                    quiet=True)
+            preds = common.judge(model, encoder, data, sample, form, batch_size=128,
+                                 max_new_tokens=160)
+            result[task] = 100 * common.summarize(data, preds)["accuracy"]
         kept.write_text(json.dumps(result))
     return json.loads(kept.read_text())
 
@@ -93,26 +102,6 @@ def shuffle_media():
             row["media"] = media
         (ROOT / f"toy/shuffled_{task}.jsonl").write_text(
             "".join(json.dumps(r) + "\n" for r in rows), "utf-8")
-
-
-def judge_blanked(folder, rows):
-    """As judge(), but the model's own caption is empty: its answer begins with <caption></caption>
-    and it goes on from there, still seeing the pixels."""
-    kept = ROOT / folder / f"blanked_pixels_{rows}.json"
-    if not kept.exists():
-        model, encoder = common.load(str(ROOT / folder))
-        blank = encoder.answer_ids("<caption>\n</caption>\n")[:-1]
-
-        def sample(model, encoder, prompts, *args):
-            begun = [replace(p, ids=p.ids + blank) for p in prompts]
-            return sample_group(model, encoder, begun, *args)
-        result = {}
-        for task in common.TASKS:
-            data = common.load_rows(f"{ROOT}/toy/heldout_{task}.jsonl:{rows}", encoder, quiet=True)
-            preds = common.judge(model, encoder, data, sample, batch_size=128, max_new_tokens=160)
-            result[task] = 100 * common.summarize(data, preds)["accuracy"]
-        kept.write_text(json.dumps(result))
-    return json.loads(kept.read_text())
 
 
 def show(title, table):
@@ -153,7 +142,7 @@ def main():
                 table.setdefault(f"stage {stage}", []).append(judge(out, form, args.rows))
         looks["stage 3"].append(judge(out, "pixels", args.rows))
         looks["media of another row"].append(judge(out, "pixels", args.rows, "shuffled"))
-        looks["its own caption blanked"].append(judge_blanked(out, args.rows))
+        looks["its own caption blanked"].append(judge(out, "pixels", args.rows, blank=True))
         if args.ablations:
             for name, steps in TABLE_4.items():
                 four.setdefault(name, []).append(judge(last(steps), "pixels", args.rows))

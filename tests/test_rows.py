@@ -576,7 +576,7 @@ def test_swap(tiny, encoder, task):
     """Everything that belongs to a side moves with it, in the row, in the prompt and in the pixels.
     kills: label, media, captions or rationale left behind; a shared list changed in place."""
     row, = common.load_rows(str(tiny / f"heldout_{task}.jsonl") + ":1", encoder)
-    noun = toy_world.noun(task)
+    noun = {"image_generation": "Image", "video_generation": "Video"}.get(task, "Response")
     row["prompt"] = "neither side's words"
     row["rationale"] = f"{noun} A is a mess, {noun} B's is not. {noun} B is better than {noun} A."
     before = json.dumps(row)

@@ -251,37 +251,32 @@ def make_row(rng, task, held, i=0):
             "facts": {"item": f"{key} {items[key]}", "value": part(items[key]), "claims": values}}
 
 
-def noun(task):
-    return {"image_generation": "Image", "video_generation": "Video"}.get(task, "Response")
-
-
-def against(said, true):
-    return f"{said} against {true} {'match' if said == true else 'differ'}"
+def against(said, true, yes="match", no="differ"):
+    return f"{said} against {true} {yes if said == true else no}"
 
 
 def checks(row):
     """The feedback section: what is true, and whether each candidate agrees, item by item. What is
     said stands right beside what is true ("blue against red"): comparing neighbours is a circuit a
     tiny model learns at once, comparing with a word further up it did not learn in 1,500 steps. A
-    picture's items end in what they come to (": differ"), so that a verdict reads one word, as it
-    does for a response: without it, RL on generation rows stayed at chance."""
+    picture's items come to one "match" or "differ" beside its name, and pictures are Response A and
+    B, too: with other words a verdict learned on text did not carry over to them at all."""
     if "facts" in row:
         f = row["facts"]
         return f"{f['item']} . " + " ".join(
             f"Response {x} says {against(c, f['value'])} ."
             for x, c in zip("AB", f["claims"]))
     wanted = dict(re.findall(r"(\w+) ([^.]+) \.", row["prompt"]))
-    return " ".join(f"{noun(row['task'])} {x} shows " + " , ".join(
-        f"{k} {against(v, wanted[k])}" for k, v in scene.items())
-        + f" : {'match' if scene == wanted else 'differ'} ."
+    return " ".join(f"Response {x} shows " + " , ".join(
+        f"{k} {against(v, wanted[k], 'same', 'unlike')}" for k, v in scene.items())
+        + f" : Response {x} {'match' if scene == wanted else 'differ'} ."
         for x, scene in zip("AB", row["scenes"]))
 
 
 def rationale(row, winner, reason):
-    # as the paper spells it in its templates
-    compare = "Comparison" if row["task"].endswith("generation") else "Comparision"
-    return (f"Feedback:\n{checks(row)}\n{compare}:\n{noun(row['task'])} {winner} {reason}\n"
-            f"Conclusion:\n{noun(row['task'])} {winner} is better .")
+    """In the three sections of the paper's templates, and in their spelling."""
+    return (f"Feedback:\n{checks(row)}\nComparision:\nResponse {winner} {reason}\n"
+            f"Conclusion:\nResponse {winner} is better .")
 
 
 def biased_verdict(rng, row):
@@ -362,9 +357,8 @@ def make_tokenizer():
     from transformers import PreTrainedTokenizerFast
     words = set()
     sample = " ".join([*COLOURS, *SHAPES, *PLACES, *PEOPLE, "mover start end place colour shape",
-                       "thing of says shows match differ is right better say describe caption against",
-                       # " A" is one word whatever is judged: a verdict learned on responses can
-                       # then carry over to images, which it did not while "Image A" was a word
+                       "thing of says shows match differ same unlike is right better say describe",
+                       "caption against",
                        "Response Image Video A B",
                        *(f"{t.format('it is')} {r}" for t, _, r in FLOURISHES.values())])
     for w in re.findall(r"\w+|[^\w\s]", sample):
@@ -376,7 +370,7 @@ def make_tokenizer():
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     pieces = [p for t in common.TEMPLATES.values() for p in re.split(r"\{[^}]*\}", t) if p.strip()]
-    plain = ["Feedback:", "Comparision:", "Comparison:", "Conclusion:", "<think>", "</think>",
+    plain = ["Feedback:", "Comparision:", "Conclusion:", "<think>", "</think>",
              "<answer>", "</answer>", "<type>", "</type>", "<caption>", "</caption>"]
     plain += [f"Frame{i}: " for i in range(1, 9)] + [t.replace("_", " ") for t in common.TASKS[1:]]
     plain += ["user\n", "assistant\n"]
@@ -434,8 +428,10 @@ def lesson(rng, kind, phase):
     if phase == 1 and kind != "text":
         reading = 0.95
     draw = rng.random()
+    if kind == "text" and rng.random() < {0: 0.0, 1: 0.0, 2: 0.35, 3: 0.1}[phase]:
+        return whose(rng)
     if kind == "text" and rng.random() < {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.25}[phase]:
-        # Comparing neighbours, and summing a section up: half of the sections match throughout. Each
+        # Comparing neighbours, and summing a section up; half of the sections match throughout. Each
         # is drawn by itself: in a preference row the second claim is always the opposite of the
         # first, and that short cut is all the model would learn.
         said, told = [], []
@@ -451,8 +447,13 @@ def lesson(rng, kind, phase):
                         [*COLOURS, *SHAPES, *SIDES])
                 pairs.append((one, two))
             said.append(" , ".join(f"{a} against {b}" for a, b in pairs))
-            told.append(" , ".join(against(a, b) for a, b in pairs)
-                        + f" : {'differ' if differs else 'match'}")
+            if n == 1:
+                said[-1] = f"says {said[-1]}"
+                told.append(f"says {against(*pairs[0])}")
+            else:
+                said[-1] = f"shows {said[-1]}"
+                told.append("shows " + " , ".join(against(a, b, "same", "unlike") for a, b in pairs)
+                            + f" : {'differ' if differs else 'match'}")
         return f"say {' . '.join(said)} .", " . ".join(told) + " .", []
     if kind == "text" and draw < copying:  # it teaches the circuit that looking up needs
         words = [*COLOURS, *SHAPES, *PLACES, *PEOPLE, "start", "end", "mover"]
@@ -478,6 +479,15 @@ def lesson(rng, kind, phase):
     prompt = common.render(row, "caption" if kind == "text" else "pixels")
     return prompt, coin_answer(rng, row, tagged=0.5 if kind == "text" else 0.25), \
         [] if kind == "text" else row["scenes"]
+
+
+def whose(rng):
+    """A finished comparison is read, and said which response it calls a match, or differing. Not a
+    judgement: in a judge's answer the verdict is a coin. But it is the look-up a verdict needs."""
+    row, word = make_row(rng, rng.choice(common.TASKS), rng.random() < 0.4), rng.choice(
+        ["match", "differ"])
+    return f"{checks(row)} {word} ?", \
+        f"Response {row['label'] if word == 'match' else 'AB'[row['label'] == 'A']} .", []
 
 
 def coin_answer(rng, row, tagged):
@@ -635,11 +645,11 @@ class Reader:
         return out
 
     @torch.no_grad()
-    def odds_of_a(self, cases, answers, names, batch=64):
+    def odds_of_a(self, cases, answers, batch=64):
         """How likely each answer is to go on with A, not B, where it first names a winner. Greedy
         would make a rule of a leaning of half a per cent."""
-        begun = [re.match(r".*Compari[^\n]*\n|", text, re.DOTALL)[0] + name
-                 for text, name in zip(answers, names)]
+        begun = [re.match(r".*Comparision:\n|", text, re.DOTALL)[0] + "Response"
+                 for text in answers]
         a_or_b = torch.tensor([self.tok.convert_tokens_to_ids(f"Ġ{x}") for x in "AB"])
         out = []
         for at in range(0, len(cases), batch):
@@ -664,6 +674,9 @@ def check(folder=PREBUILT, n=200, seed=7, quiet=False):
         cases.append((f"{describe(items)} {question}", [], "text"))
         want.append(f"{keys[0]} {items[keys[0]]} .")
     result["look-up"] = 100 * sum(g == w for g, w in zip(reader.answers(cases), want)) / n
+    asked = [whose(rng) for _ in range(n)]
+    got = reader.answers([(prompt, [], "text") for prompt, _, _ in asked])
+    result["whose"] = 100 * sum(g == answer for g, (_, answer, _) in zip(got, asked)) / n
     for task in common.TASKS:
         for form in ("caption", "pixels")[: 2 if task != "text" else 1]:
             rows = [make_row(rng, task, True) for _ in range(n)]
@@ -676,7 +689,7 @@ def check(folder=PREBUILT, n=200, seed=7, quiet=False):
             got = reader.answers(cases)
             name = f"{task} {form}" if task != "text" else task
             result[f"checks {name}"] = 100 * sum(checks(r) in g for g, r in zip(got, rows)) / n
-            odds = reader.odds_of_a(cases, got, [noun(task)] * n)
+            odds = reader.odds_of_a(cases, got)
             result[f"verdict {name}"] = 100 * sum(
                 p if r["label"] == "A" else 1 - p for p, r in zip(odds, rows)) / n
     if not quiet:
