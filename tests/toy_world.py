@@ -423,14 +423,16 @@ def lesson(rng, kind, phase):
 
     The lessons know all combinations, as a pretrained model would, but there is no lesson in
     judging: each verdict and each reason is a coin. Phase 0 is copying and looking up, phase 1
-    describing, phase 2 comparing, phase 3 all together; at once, the model finds short cuts."""
-    copying, reading = {0: (0.4, 0.7), 1: (0.1, 0.5), 2: (0, 0), 3: (0.05, 0.25)}[phase]
+    describing, phase 2 comparing, phase 3 all together; at once, the model finds short cuts. Phase
+    4 is more of 3, with many captions of pairs."""
+    copying, reading = {0: (0.4, 0.7), 1: (0.1, 0.5), 2: (0, 0), 3: (0.05, 0.25),
+                        4: (0.02, 0.6)}[phase]
     if phase == 1 and kind != "text":
         reading = 0.95
     draw = rng.random()
-    if kind == "text" and rng.random() < {0: 0.0, 1: 0.0, 2: 0.35, 3: 0.1}[phase]:
+    if kind == "text" and rng.random() < {0: 0.0, 1: 0.0, 2: 0.35, 3: 0.1, 4: 0.1}[phase]:
         return whose(rng)
-    if kind == "text" and rng.random() < {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.25}[phase]:
+    if kind == "text" and rng.random() < {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.25, 4: 0.25}[phase]:
         # Comparing neighbours, and summing a section up; half of the sections match throughout. Each
         # is drawn by itself: in a preference row the second claim is always the opposite of the
         # first, and that short cut is all the model would learn.
@@ -463,6 +465,10 @@ def lesson(rng, kind, phase):
         world = kind if kind != "text" else rng.choice(["text", "image", "video"])
         items, _ = make_scene(rng, world, held=rng.random() < 0.4)
         if kind != "text" and rng.random() < 0.8:
+            if phase == 4 and rng.random() < 0.4:
+                row = make_row(rng, f"{kind}_generation", rng.random() < 0.4)
+                row |= {"media": ["", ""], "captions": [describe(s) for s in row["scenes"]]}
+                return f"<{kind}> <{kind}> caption", common.caption_text(row).strip(), row["scenes"]
             if rng.random() < 0.25:  # so that the tags of stages 2b and 3 are known words
                 return f"<{kind}> caption", f"<caption>\n{describe(items)}\n</caption>", [items]
             return f"<{kind}> describe", describe(items), [items]
@@ -554,11 +560,13 @@ def pool_film(rng, pool, items):
 
 
 # Phases of the backbone's training: steps, learning rate, and lessons a step by what their prompt
-# shows. Comparing needs the smaller rate: at 2e-3 it was still at chance after 500 steps.
+# shows. Comparing needs the smaller rate: at 2e-3 it was still at chance after 500 steps. The rate
+# is constant in the first three phases, and falls as half a cosine over each of the others.
 PHASES = ((400, 2e-3, {"text": 40}),
           (850, 2e-3, {"text": 12, "image": 48, "video": 20}),
           (700, 7e-4, {"text": 24}),
-          (750, 8e-4, {"text": 32, "image": 20, "video": 10}))
+          (750, 8e-4, {"text": 32, "image": 20, "video": 10}),
+          (300, 6e-4, {"text": 16, "image": 20, "video": 16}))
 
 
 def rebuild(out, seed=0, scale=1.0):
@@ -574,11 +582,10 @@ def rebuild(out, seed=0, scale=1.0):
         pool.setdefault(tuple(items.values()), []).append(frames)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     steps = [int(n * scale) for n, _, _ in PHASES]
-    last = sum(steps[:-1])  # the rate is constant until the last phase, a half cosine over it
-    phases = [p for p, n in enumerate(steps) for _ in range(n)]
+    phases = [(p, i / n) for p, n in enumerate(steps) for i in range(n)]
     mean = {}
-    for step, phase in enumerate(bar := tqdm(phases, desc="backbone", mininterval=5)):
-        done = max(0, step - last) / steps[-1]
+    for step, (phase, done) in enumerate(bar := tqdm(phases, desc="backbone", mininterval=5)):
+        done = done if phase >= 3 else 0
         _, lr, lessons = PHASES[phase]
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * done))
