@@ -358,8 +358,7 @@ def make_tokenizer():
     words = set()
     sample = " ".join([*COLOURS, *SHAPES, *PLACES, *PEOPLE, "mover start end place colour shape",
                        "thing of says shows match differ same unlike is right better say describe",
-                       "caption against",
-                       "Response Image Video A B",
+                       "caption against Response Image Video A B",
                        *(f"{t.format('it is')} {r}" for t, _, r in FLOURISHES.values())])
     for w in re.findall(r"\w+|[^\w\s]", sample):
         words |= {w, f"Ġ{w}"}
@@ -430,8 +429,6 @@ def lesson(rng, kind, phase):
     if phase == 1 and kind != "text":
         reading = 0.95
     draw = rng.random()
-    if kind == "text" and rng.random() < {0: 0.0, 1: 0.0, 2: 0.35, 3: 0.1, 4: 0.1}[phase]:
-        return whose(rng)
     if kind == "text" and rng.random() < {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.25, 4: 0.25}[phase]:
         # Comparing neighbours, and summing a section up; half of the sections match throughout. Each
         # is drawn by itself: in a preference row the second claim is always the opposite of the
@@ -485,15 +482,6 @@ def lesson(rng, kind, phase):
     prompt = common.render(row, "caption" if kind == "text" else "pixels")
     return prompt, coin_answer(rng, row, tagged=0.5 if kind == "text" else 0.25), \
         [] if kind == "text" else row["scenes"]
-
-
-def whose(rng):
-    """A finished comparison is read, and said which response it calls a match, or differing. Not a
-    judgement: in a judge's answer the verdict is a coin. But it is the look-up a verdict needs."""
-    row, word = make_row(rng, rng.choice(common.TASKS), rng.random() < 0.4), rng.choice(
-        ["match", "differ"])
-    return f"{checks(row)} {word} ?", \
-        f"Response {row['label'] if word == 'match' else 'AB'[row['label'] == 'A']} .", []
 
 
 def coin_answer(rng, row, tagged):
@@ -681,9 +669,6 @@ def check(folder=PREBUILT, n=200, seed=7, quiet=False):
         cases.append((f"{describe(items)} {question}", [], "text"))
         want.append(f"{keys[0]} {items[keys[0]]} .")
     result["look-up"] = 100 * sum(g == w for g, w in zip(reader.answers(cases), want)) / n
-    asked = [whose(rng) for _ in range(n)]
-    got = reader.answers([(prompt, [], "text") for prompt, _, _ in asked])
-    result["whose"] = 100 * sum(g == answer for g, (_, answer, _) in zip(got, asked)) / n
     for task in common.TASKS:
         for form in ("caption", "pixels")[: 2 if task != "text" else 1]:
             rows = [make_row(rng, task, True) for _ in range(n)]
