@@ -747,9 +747,10 @@ def convert(raw, where):
     yield raw
 
 
-def raw_rows(source, shuffle=False):
+def raw_rows(source, shuffle=False, config=None, split=None):
     """Yield ("file:line", raw row or BadRow) from a .jsonl, .json (both also .gz) or .parquet file
-    or a hub id; shuffled, in an order that is always the same, if only a sample is wanted."""
+    or a hub id (and its config and split); shuffled, in an order that is always the same, if only
+    a sample is wanted."""
     path = Path(source)
     if path.is_dir():
         raise SystemExit(f"{source}: is a folder; name a .jsonl, .json or .parquet file in it.")
@@ -763,8 +764,8 @@ def raw_rows(source, shuffle=False):
     if not path.exists() and (source.count("/") != 1 or path.suffix or source[0] in "./"):
         raise SystemExit(f"{source}: no such file. `python tests/toy_world.py` makes toy rows.")
     import datasets
-    config = {"nvidia/HelpSteer3": "preference"}.get(source)
-    split = {"MMInstruction/VL-RewardBench": "test"}.get(source, "train")
+    config = config or {"nvidia/HelpSteer3": "preference"}.get(source)
+    split = split or {"MMInstruction/VL-RewardBench": "test"}.get(source, "train")
     try:
         rows = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True) \
             if path.exists() else datasets.load_dataset(source, config, split=split, streaming=True)
