@@ -470,10 +470,14 @@ def videogen_rewardbench(r, where):
 def sharegpt_video(r, where):
     """ShareGPTVideo's sft_dpo_17k.jsonl. MSRL's test split is not published: this is a tenth of the
     videos, by a hash of their names, with all their pairs. Train on the others. A: chosen."""
-    held_out = hashlib.sha256(str(r["video"]).encode()).digest()[0] % 10 == 0
+    held = held_out(r["video"])
     yield {"task": "video_understanding", "prompt": r["prompt"], "media": [r["video"]],
-           "responses": [r["chosen"], r["rejected"]], "label": "A" if held_out else None,
-           "weight": held_out, "cluster": str(r["video"])}
+           "responses": [r["chosen"], r["rejected"]], "label": "A" if held else None,
+           "weight": held, "cluster": str(r["video"])}
+
+
+def held_out(video):
+    return hashlib.sha256(str(video).encode()).digest()[0] % 10 == 0
 
 
 SECTIONS = {  # subset -> how many rows it weighs in its section: math-prm as much as all the code
