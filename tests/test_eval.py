@@ -417,9 +417,9 @@ def test_paired_comparison(run):
 
 
 @pytest.mark.parametrize("preds, says", [
-    ([{"id": "r0", "pred": "A"}, {"id": "zz", "pred": "A"}], "preds.jsonl:2: .*'zz'.* 0 times"),
-    ([{"id": "twin", "pred": "A"}], "occurs 2 times.*\"row\""),
-    ([{"id": "r0", "row": 1, "pred": "A"}], "row 1 and id 'r0'"),
+    ([{"id": "r0", "pred": "A"}, {"id": "zz", "pred": "A"}], "preds.jsonl:2: .*'zz'.* fits 0 rows"),
+    ([{"id": "twin", "pred": "A"}], "fits 2 rows.*\"row\""),
+    ([{"id": "r0", "row": 1, "pred": "A"}], "id 'r0', row 1 fits 0"),
     ([{"id": "r0", "pred": "A"}, {"id": "r0", "pred": "B"}], "second verdict.*preds.jsonl:1"),
     ([{"id": "r0", "pred": "C"}], "pred 'C'"), ([{"id": "r0"}], "pred 'missing'"),
     ([{"id": "r0", "order": "A", "pred": "A"}], "order 'A'"), (["A"], "not a JSON object"),
@@ -434,7 +434,7 @@ def test_bad_predictions_are_named(run, preds, says):
     ("vl_rewardbench", [vl("a", human_ranking=[1, 1])], "human_ranking"),
     ("vl_rewardbench", [{"id": "a"}], "published form.*KeyError"),
     ("genai_image", [genai("leftvote") | {"vote_type": "left"}], "vote_type 'left'"),
-    ("rewardbench", [rewardbench(1, "pku-better")], "four sections"),
+    ("rewardbench", [rewardbench(1, "pku-better")], "of no section"),
     ("rm_bench", [rm_bench("a", "chat") | {"chosen": ["a"]}], "three styles"),
     ("multimodal_rewardbench", [multimodal("a", "vqa", 3)], "Output3"),
     ("mm_rlhf_rewardbench", [mm_rlhf("a", "elsewhere")], "elsewhere")])
@@ -450,26 +450,26 @@ class Judge:
 
     def __init__(self, monkeypatch, say, stop_after=None):
         self.say, self.stop_after, self.prompts = say, stop_after, []
-        monkeypatch.setattr(ev, "load_judge", lambda folders, args, device: [
-            (torch.nn.Linear(1, 1), self)])
+        def load(folders, args, device):
+            self.style = args.style
+            return [(torch.nn.Linear(1, 1), self)]
+        monkeypatch.setattr(ev, "load_judge", load)
         monkeypatch.setattr(ev, "sample_group", self.sample)
 
     def check(self, row, form):
         for m in row["media"]:
             common.open_video(m, 2) if row["task"].startswith("video") else common.open_image(m)
+        assert self(row, form)
         return len(row["prompt"])
 
     def __call__(self, row, form):
-        return " ".join([common.render(row, form), *map(str, row["media"])])
-
-    def encode(self, text, media, video):
-        return SimpleNamespace(ids=text, __str__=lambda: text)
+        return common.render(row, form, self.style)
 
     def sample(self, model, encoder, prompts, votes, temperature, max_new_tokens, generator):
         if self.stop_after is not None and len(self.prompts) >= self.stop_after:
             raise KeyboardInterrupt
         self.prompts += prompts
-        texts = [self.say(getattr(p, "ids", p), k) for p in prompts for k in range(votes)]
+        texts = [self.say(p, k) for p in prompts for k in range(votes)]
         return SimpleNamespace(ids=texts, logp=[[math.log(0.9)] * len(t) for t in texts])
 
     def decode(self, ids):
@@ -569,8 +569,7 @@ def test_every_benchmark_is_judged_in_place(name, run, monkeypatch):
     assert got["overall"] == (0.25 if ties else pytest.approx(0.5))
     assert got["share_a"] == 1 and (got["macro"] == pytest.approx(got["overall"]))
     again = run("--score", "a.jsonl", "--benchmark", name, "--data", folder, "--json")
-    assert {k: again[k] for k in again if k != "data"} == {
-        k: v for k, v in got.items() if k in again and k != "data"}  # one evaluator, one number
+    assert again == {**got, "model": "a.jsonl"}  # one evaluator, one number
     if "gen" in name:
         return  # the better image or video is told by no word
     Judge(monkeypatch, finds_good)
@@ -620,14 +619,14 @@ def test_what_cannot_be_shown_is_wrong(run, monkeypatch):
 def test_r1_style(run, monkeypatch):
     """Digits, strictly. kills: letters read as digits; 2 read as A; A/B prompts; MSRL's parser."""
     for text, side in (("1", "A"), ("2", "B"), (" 2\n", "B"), ("A", None), ("12", None), ("3", None)):
-        assert ev.verdict(f"<think>x</think><answer>{text}</answer>", "r1") == side
-        assert ev.verdict(f"<think>x</think><answer>{text}</answer>", "msrl") == (
-            "A" if text == "A" else None)
+        answer = f"<think>x</think><answer>{text}</answer>"
+        assert common.parse(answer, "r1").verdict == side
+        assert common.parse(answer).verdict == ("A" if text == "A" else None)
     judge = Judge(monkeypatch, lambda prompt, vote: "<think>x</think><answer>" + (
         "1" if prompt.index("good") < prompt.index("bad\n") else "2") + "</answer>")
     data = write("rows.jsonl", [row(n) for n in range(4)])
     assert run("--model", "m", "--data", data, "--style", "r1", "--json")["overall"] == 1
-    assert "[Response 2]:" in judge.prompts[0].ids and "Chatbot" not in judge.prompts[0].ids
+    assert "[Response 2]:" in judge.prompts[0] and "Chatbot" not in judge.prompts[0]
     with pytest.raises(SystemExit, match="has no prompt"):
         picture("g/l.png")
         run("--model", "m", "--style", "r1", "--data", write("g/rows.jsonl", [
