@@ -2,17 +2,17 @@
 Score, judge, rank: the field's benchmarks by explicit rules, with or without a model.
 
     python eval.py --model runs/stage1_text_grpo --data toy/heldout_text.jsonl [--votes 8]
-    python eval.py --model hub/id --benchmark vl_rewardbench --data VL-RewardBench/ --out preds.jsonl
+    python eval.py --model hub/id --benchmark vl_rewardbench --data folder/ --out preds.jsonl
     python eval.py --score preds.jsonl --benchmark vl_rewardbench --data data.json --json
     python eval.py --score ours.jsonl theirs.jsonl --benchmark rm_bench --data total_dataset.json
     python eval.py --model runs/stage1_text_grpo --rank candidates.jsonl --rounds 2 --out best.jsonl
     python eval.py --table runs/*                    # checkpoints by tasks, as a Markdown table
 
 The rules, the same for every benchmark:
-  order       a model judges every row as A, B and as B, A; a row counts the mean over its orders, so
-              a judge that always says "A" gets exactly 50 %.
-  frame       `pred` is in the data row's own frame, whatever was shown: A is the first response, left
-              image, Output1, path_A, and `chosen` where a row has chosen and rejected.
+  order       a model judges every row as A, B and as B, A; a row counts the mean over its orders,
+              so a judge that always says "A" gets exactly 50 %.
+  frame       `pred` is in the data row's own frame, whatever was shown: A is the first response,
+              left image, Output1, path_A, and `chosen` where a row has chosen and rejected.
   no verdict  an unparsable answer (pred null), a row without any prediction, and equal scores are
               wrong; none is left out or replaced by a coin.
   votes       the majority of the verdicts of an order; a tied vote counts one half.
@@ -70,8 +70,8 @@ def read_predictions(path, rows):
                 if "row" in p:
                     fits = fits & {p["row"]}
                 if len(fits) != 1:
-                    raise BadRow(f"with id {p.get('id')!r}, row {p.get('row')} fits {len(fits)} rows "
-                                 'of --data; where ids repeat, "row" is the index in that file')
+                    raise BadRow(f"with id {p.get('id')!r}, row {p.get('row')} fits {len(fits)} "
+                                 'rows of --data; where ids repeat, "row" is their index there')
                 p["row"], = fits
                 if key_of(p) not in place:
                     raise BadRow("needs 'i' and 'j' in 0-2, or 'chosen' and 'rejected' scores")
@@ -82,7 +82,7 @@ def read_predictions(path, rows):
                                  "votes of an order in 'sample'")
                 seen[once] = where
                 preds.append(p)
-        except BadRow as e:
+        except (BadRow, TypeError) as e:
             raise SystemExit(f"{where}: prediction {e}.")
     if not preds:
         raise SystemExit(f"{path}: holds no predictions.")
@@ -97,11 +97,12 @@ def verdicts(raw):
     try:
         if "chosen" in p:
             better, worse = p.pop("chosen"), p.pop("rejected")
-            return [{**p, "i": i, "j": j, "pred": larger(a, b), "score_a": a, "score_b": b}
-                    for i, a in enumerate(better) for j, b in enumerate(worse)]
+            return [verdict for i, a in enumerate(better) for j, b in enumerate(worse)
+                    for verdict in verdicts({**p, "i": i, "j": j, "score_a": a, "score_b": b})]
         if p.get("score_a") is not None:
+            p |= {"score_a": float(p["score_a"]), "score_b": float(p["score_b"])}
             p.setdefault("pred", larger(p["score_a"], p["score_b"]))
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         raise BadRow("has scores that are no numbers, or only one of the two")
     if p.get("pred", "missing") not in ("A", "B", *TIES, None):
         raise BadRow(f"has pred {p.get('pred', 'missing')!r}; write 'A', 'B' or null (also 'tie', "
@@ -174,10 +175,11 @@ def score(rows, preds, benchmark="rows", style="msrl"):
         "missing": sum(not judged[k] for k in counted),
         "order_flips": sum(a != b for a, b in both) / len(both) if both else 0.0,
         "interval": common.wilson(overall, effective_n(rows, x, counted)), "accuracy": overall,
-        "share_a": sum((p["pred"] == "A") == (p["order"] == "AB") for p in said) / max(1, len(said)),
+        "share_a": sum((p["pred"] == "A") == (p["order"] == "AB")
+                       for p in said) / max(1, len(said)),
         "format": sum(common.parse(p.get("text") or "", style).well_formed
                       for p in preds) / len(preds)}
-    if any("score_a" in p for p in preds):
+    if any(p.get("score_a") is not None for p in preds):
         soft = [soft_points(r["label"], sum(j.values(), [])) for r, j in zip(rows, judged)]
         result["soft"] = mean(rows, soft, counted)
     if max(len(some) for j in judged for some in j.values()) > 1:
@@ -210,12 +212,15 @@ def by(rows, some, key):
 def effective_n(rows, x, some):
     """How many independent questions would give the figure's variance: that of the questions'
     totals around it, because rows of one question are not independent. Never more than Kish's
-    (sum w)^2 / sum w^2, which is n for equal weights; without any variance, Kish's over questions."""
+    (sum w)^2 / sum w^2, which is n for equal weights; without a variance, Kish's over questions."""
     p, total = mean(rows, x, some), sum(rows[k]["weight"] for k in some)
     questions = by(rows, some, "cluster").values()
-    kish = lambda groups: total ** 2 / sum(sum(rows[k]["weight"] for k in g) ** 2 for g in groups)
-    spread = sum(sum(rows[k]["weight"] * (x[k] - p) for k in q) ** 2 for q in questions) / total ** 2
-    return min(kish([k] for k in some), p * (1 - p) / spread) if spread > 1e-12 else kish(questions)
+    squares = lambda f, groups: sum(sum(map(f, g)) ** 2 for g in groups) / total ** 2
+    weight = lambda k: rows[k]["weight"]
+    spread = squares(lambda k: weight(k) * (x[k] - p), questions)
+    if spread < 1e-12:
+        return 1 / squares(weight, questions)
+    return min(1 / squares(weight, ([k] for k in some)), p * (1 - p) / spread)
 
 
 def vote_curves(rows, judged, counted):
@@ -252,8 +257,7 @@ def any_at(right, wrong, n, k):
 
 def more_columns(benchmark, rows, x, earned, judged, counted):
     """What a benchmark's own table has besides the columns that make up the mean."""
-    label, some = lambda k: rows[k]["label"], lambda test: column(rows, x, [
-        k for k in counted if test(rows[k])])
+    some = lambda test: column(rows, x, [k for k in counted if test(rows[k])])
     no_tie = some(lambda r: r["label"] in ("A", "B"))
     if benchmark.startswith("genai"):  # 4-way: official; 3-way: UnifiedReward's, both ties are one
         three = [sum(points("same" if r["label"] in TIES else r["label"], [p["pred"] for p in o])
@@ -261,11 +265,12 @@ def more_columns(benchmark, rows, x, earned, judged, counted):
         return {"4-way": column(rows, x, counted), "3-way": column(rows, three, counted),
                 "no tie": no_tie}
     if benchmark == "videogen_rewardbench":
-        every = [k for k in range(len(rows)) if label(k)]
+        every = [k for k, r in enumerate(rows) if r["label"]]
         return {"no tie": no_tie, "with ties": (with_ties(rows, x, judged, every), len(every))}
     if benchmark == "mm_rlhf_rewardbench":
         prompts = by(rows, counted, "cluster").values()
-        return {"Acc+": (sum(all_right(p, earned, x) for p in prompts) / len(prompts), len(prompts))}
+        right = sum(all_right(p, earned, x) for p in prompts)
+        return {"Acc+": (right / len(prompts), len(prompts))}
     if benchmark == "rm_bench":  # 0, 1, 2: concise, detailed, detailed in Markdown
         return {"easy": some(lambda r: r["i"] > r["j"]), "normal": some(lambda r: r["i"] == r["j"]),
                 "hard": some(lambda r: r["i"] < r["j"])}
@@ -281,8 +286,8 @@ def all_right(prompt, earned, x):
 
 
 def with_ties(rows, x, judged, every):
-    """VideoGen-RewardBench's 3-class accuracy: verdicts A, B, same as they are; scores with the best
-    of all thresholds below which a difference is a tie ("Ties Matter", algorithm 1)."""
+    """VideoGen-RewardBench's 3-class accuracy: verdicts A, B, same as they are; scores with the
+    best of all thresholds below which a difference is a tie ("Ties Matter", algorithm 1)."""
     margins = [margin(sum(judged[k].values(), [])) for k in every]
     if None in margins:
         return sum(x[k] for k in every) / len(every)
@@ -291,15 +296,17 @@ def with_ties(rows, x, judged, every):
     size, order = m.abs().sort()
     as_tie, as_side = (truth == 0)[order].long(), (truth == m.sign())[order].long()
     right = as_side.sum() + torch.cat([as_tie.new_zeros(1), (as_tie - as_side).cumsum(0)])
-    ends = torch.cat([size.new_tensor([True]), size[1:] != size[:-1], size.new_tensor([True])]).bool()
-    return right[ends].max().item() / len(every)  # equal sizes are ties together
+    ends = torch.ones_like(right, dtype=torch.bool)
+    ends[1:-1] = size[1:] != size[:-1]  # equal sizes are ties together
+    return right[ends].max().item() / len(every)
 
 
 def multimodal_columns(some):
     """Safety's halves, by the id, and MSRL's Table 2: its Other is the plain mean of four columns,
     its Avg. that of Knowledge, Safety, VQA and Other (so its published rows add up)."""
     part = lambda *names: [c for n in names if (c := some(lambda r: r["part"] == n))[1]]
-    half = {f"safety/{h}": c for h in ("bias", "toxicity") if (c := some(lambda r: r["half"] == h))[1]}
+    half = {f"safety/{h}": c for h in ("bias", "toxicity")
+            if (c := some(lambda r: r["half"] == h))[1]}
     average = lambda cs: (sum(v for v, _ in cs) / max(1, len(cs)), sum(n for _, n in cs))
     other = part("correctness", "preference", "math", "coding")
     four = part("knowledge", "safety", "vqa") + [average(other)] * bool(other)
@@ -355,8 +362,7 @@ def show(title, result):
 
 
 # ==================================================================================================
-# 2. Benchmarks, read as published: each function turns one published row into preference rows. Media
-# stay as they are until a model wants them.
+# 2. Benchmarks, read as published: each function turns one published row into preference rows.
 
 def ab(first_is_better):
     return "A" if first_is_better else "B"
@@ -384,9 +390,9 @@ def grouping(*hallucination):
 
 # The same predictions, other macro means. Rows: general / hallucination / reasoning of 1,250.
 GROUPINGS = {
-    "official": grouping("RLAIF", "RLHF", "hallucination"),                       # 183 / 749 / 318
-    "of UnifiedReward's scripts (wrong: POVID is general)": grouping("RLAIF", "RLHF"),  # 631/301/318
-    "of R1-Reward's get_acc.py (wrong: POVID only)": grouping("hallucination")}   # 484 / 448 / 318
+    "official": grouping("RLAIF", "RLHF", "hallucination"),                      # 183 / 749 / 318
+    "of UnifiedReward's scripts (wrong: no POVID)": grouping("RLAIF", "RLHF"),   # 631 / 301 / 318
+    "of R1-Reward's get_acc.py (wrong: POVID only)": grouping("hallucination")}  # 484 / 448 / 318
 
 
 def multimodal_rewardbench(r, where):
@@ -404,26 +410,27 @@ def multimodal_rewardbench(r, where):
 
 
 def mm_rlhf_rewardbench(r, where):
-    """yifanzhang114/MM-RLHF-RewardBench: 170 pairs of 46 prompts. A: chosen. The category is the word
-    in the path of the image, or of the video's folder of frames."""
+    """yifanzhang114/MM-RLHF-RewardBench: 170 pairs of 46 prompts. A: chosen. The category is the
+    word in the path of the image, or of the video's folder of frames."""
     medium = r.get("video") or r["image"]
     path = medium["path"] if isinstance(medium, dict) else medium
     part = next((c for c in ("mcq", "long", "short", "safety", "video") if c in path), None)
     if part is None:
-        raise BadRow(f"has its image at {path!r}, which names none of mcq, long, short, safety, video")
+        raise BadRow(f"has its image at {path!r}: no mcq, long, short, safety or video in it")
     yield {"task": f"{'video' if r.get('video') else 'image'}_understanding", "prompt": r["prompt"],
            "responses": [r["chosen"], r["rejected"]], "media": [medium], "label": "A", "part": part,
            "cluster": str(r["id"])}
 
 
 def genai(r, where):
-    """TIGER-Lab/GenAI-Bench (videos are URLs: put the files in videos/), and UnifiedReward's data.json,
-    which says video_left for left_video. A: left."""
+    """TIGER-Lab/GenAI-Bench (videos are URLs: put the files in videos/), and UnifiedReward's
+    data.json, which says video_left for left_video. A: left. Judges of ours never say tie, so
+    their 4-way accuracy is at most the share of rows without one."""
     labels = {"leftvote": "A", "rightvote": "B", "tievote": "tie", "bothbad_vote": "bothbad"}
     if r["vote_type"] not in labels:
         raise BadRow(f"has vote_type {r['vote_type']!r}, not one of {', '.join(labels)}")
     kind = "image" if {"left_image", "image_left"} & r.keys() else "video"
-    media = [r[f"{s}_{kind}"] if f"{s}_{kind}" in r else r[f"{kind}_{s}"] for s in ("left", "right")]
+    media = [r.get(f"{side}_{kind}") or r[f"{kind}_{side}"] for side in ("left", "right")]
     yield {"task": f"{kind}_generation", "prompt": r["prompt"], "media": media,
            "label": labels[r["vote_type"]]}
 
@@ -439,8 +446,9 @@ def videogen_rewardbench(r, where):
 
 
 def sharegpt_video(r, where):
-    """ShareGPTVideo's sft_dpo_17k.jsonl. A: chosen. UNSPECIFIED: MSRL's test split is not published;
-    this is a tenth of the videos, by a hash of their names, with all their pairs. Train on others."""
+    """ShareGPTVideo's sft_dpo_17k.jsonl. A: chosen. UNSPECIFIED: MSRL's test split is not public;
+    this is a tenth of the videos, by a hash of their names, with all their pairs: train on the
+    others."""
     held = held_out(r["video"])
     yield {"task": "video_understanding", "prompt": r["prompt"], "media": [r["video"]],
            "responses": [r["chosen"], r["rejected"]], "label": "A" if held else None,
@@ -463,8 +471,8 @@ SECTIONS = {  # subset -> how many rows it weighs in its section: math-prm as mu
 
 
 def rewardbench(r, where):
-    """allenai/reward-bench. A: chosen. A section is the mean of its subsets by the counts above, the
-    overall figure the mean of the four sections."""
+    """allenai/reward-bench. A: chosen. A section is the mean of its subsets by the counts above,
+    the overall figure the mean of the four sections."""
     part = next((s for s, subsets in SECTIONS.items() if r["subset"] in subsets), None)
     if part is None:
         raise BadRow(f"has subset {r['subset']!r} of no section; the split to use is 'filtered'")
@@ -473,16 +481,16 @@ def rewardbench(r, where):
 
 
 def rm_bench(r, where):
-    """THU-KEG/RM-Bench: three styles of a right and of a wrong answer, all nine pairs. A: chosen. The
-    files of single domains name theirs in the file name only."""
+    """THU-KEG/RM-Bench: three styles of a right and of a wrong answer, all nine pairs. A: chosen.
+    The files of single domains name theirs in the file name only."""
     domain = str(r.get("domain") or next(
         (d for d in ("chat", "code", "math", "safety") if d in Path(where).name.lower()), "all"))
     if len(r["chosen"]) != 3 or len(r["rejected"]) != 3:
         raise BadRow("must have three styles in 'chosen' and three in 'rejected'")
     for i, better in enumerate(r["chosen"]):
         for j, worse in enumerate(r["rejected"]):
-            yield {"task": "text", "prompt": r["prompt"], "responses": [better, worse], "label": "A",
-                   "part": "safety" if domain.startswith("safety") else domain, "i": i, "j": j}
+            yield {"task": "text", "prompt": r["prompt"], "responses": [better, worse], "i": i,
+                   "j": j, "label": "A", "part": "safety" if "safety" in domain else domain}
 
 
 # name: (reader, rows as published, hub config, hub split, its file in a folder)
@@ -490,11 +498,14 @@ BENCHMARKS = {
     "vl_rewardbench": (vl_rewardbench, (1250, 1247), None, "test", "data/test-*.parquet"),
     "multimodal_rewardbench": (multimodal_rewardbench, (4711,), None, "test", "**/all_data.json"),
     "mm_rlhf_rewardbench": (mm_rlhf_rewardbench, (170,), None, "train", "mm_reward_bench.jsonl"),
-    "genai_image": (genai, (1735, 3192), "image_generation", "test_v1", "{config}/{split}-*.parquet"),
-    "genai_video": (genai, (1069, 1889), "video_generation", "test_v1", "{config}/{split}-*.parquet"),
+    "genai_image": (genai, (1735, 3192), "image_generation", "test_v1",
+                    "{config}/{split}-*.parquet"),
+    "genai_video": (genai, (1069, 1889), "video_generation", "test_v1",
+                    "{config}/{split}-*.parquet"),
     "videogen_rewardbench": (videogen_rewardbench, range(26_000, 27_000), None, "eval",
                              "videogen-rewardbench.csv"),
-    "sharegpt_video": (sharegpt_video, range(16_000, 18_000), None, "train", "**/sft_dpo_17k.jsonl"),
+    "sharegpt_video": (sharegpt_video, range(16_000, 18_000), None, "train",
+                       "**/sft_dpo_17k.jsonl"),
     "rewardbench": (rewardbench, (2985,), None, "filtered", "data/filtered-*.parquet"),
     "rm_bench": (rm_bench, (1327, 129, 228, 284, 157, 529), None, "train", "total_dataset.json"),
     "rows": None}  # preference rows, or a training set that common.py knows
@@ -568,8 +579,8 @@ def raw_rows(path, config, split):
 
 
 def found(medium, folder):
-    """An image or video of a row -> its path: beside the data, where the benchmarks' archives put it
-    (MM-RLHF's paths are not those of its archive), or in media_cache/ if it came inside the row."""
+    """An image or video of a row -> its path: beside the data, where the benchmarks' archives put
+    it (MM-RLHF's paths are not those of its archive), or in media_cache/ if it came in the row."""
     medium = common.kept_medium(medium)
     last = Path(medium).name
     return next((str(folder / n) for n in (medium, f"images/{medium}", f"images/{last}",
@@ -635,7 +646,7 @@ def load_judge(folders, args, device):
         import bt_reward
         return [bt_reward.load(f, device, **sees) for f in folders]
     if len(folders) > 1:
-        raise SystemExit("several --model are averaged if all are Bradley-Terry checkpoints; these "
+        raise SystemExit("several --model are averaged if all are Bradley-Terry models; these "
                          f"are not: {', '.join(f for f in folders if not is_reward_model(f))}.")
     return [common.load(folders[0], device, made_by="python stage1_text_grpo.py", **sees,
                         style=args.style)]
@@ -643,7 +654,7 @@ def load_judge(folders, args, device):
 
 def fit_to_judge(rows, encoder, args):
     """-> the rows that a model is to judge, checked, with the length of their prompts. Ties are not
-    shown: our prompts know A and B. What cannot be shown is left out here, so it counts as wrong."""
+    shown: our prompts know A and B. What cannot be shown is left out, so it counts as wrong."""
     fit, bad, long = [], Counter(), 0
     forbidden = tuple(dict.fromkeys(common.FORBIDDEN + encoder.special_tokens))
     for row in tqdm([r for r in rows if r["label"] in ("A", "B")], desc="reading prompts",
@@ -739,10 +750,10 @@ def read_candidates(path):
     sets, folder = [], Path(path).parent
     for where, r in common.file_rows(Path(path)):
         try:
-            task = r.get("task") or ("text" if not r.get("media") else "image_understanding" if Path(
-                r["media"][0]).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") else
-                "video_understanding")
             media, candidates = r.get("media") or [], r["candidates"]
+            task = r.get("task") or (
+                "text" if not media else "image_understanding" if media[0].lower().endswith(
+                    (".png", ".jpg", ".jpeg", ".webp")) else "video_understanding")
             if len(candidates) < 2:
                 raise KeyError
             if task.endswith("generation"):
@@ -806,7 +817,7 @@ def bradley_terry(n, games, prior=0.1):
 
 
 def chances(s):
-    """Scores [..., n] -> each candidate's mean probability of beating one of the others [..., n]."""
+    """Scores [..., n] -> each candidate's mean probability of beating the others [..., n]."""
     return (torch.sigmoid(s[..., None] - s[..., None, :]).sum(-1) - 0.5) / (s.shape[-1] - 1)
 
 
@@ -817,9 +828,9 @@ def ranked_pairwise(sets, loaded, args, out):
     rows = []
     for s, some in zip(sets, pairs):
         for i, j in [p for i, j in some for p in ((i, j), (j, i))]:
-            both, images = [s["candidates"][i], s["candidates"][j]], s["task"].endswith("generation")
-            rows.append({**s, "id": str(s["id"]), "i": i, "j": j, "label": "A", "captions": [],
-                         "responses": None if images else both, "media": both if images else s["media"]})
+            both = [s["candidates"][i], s["candidates"][j]]
+            shown = {"media": both} if s["task"].endswith("generation") else {"responses": both}
+            rows.append({**s, "id": str(s["id"]), "i": i, "j": j, "label": "A", **shown})
     wins = {}  # (set, i, j), i < j -> what each verdict gave to i; no verdict: half to each
     for p in judge_rows(loaded, fit_to_judge(rows, loaded[0][1], args), args, out, ("AB",)):
         won, i, j = {"A": 1.0, "B": 0.0, None: 0.5}[p["pred"]], p["i"], p["j"]
@@ -857,7 +868,7 @@ def rank_candidates(args):
         lines.append({"id": s["id"], "rewards": rewards, "standard_errors": errors,
                       "ranking": best_first, "best": best_first[0], "judgements": n})
     if common.rank() == 0:
-        print(f"{args.rank}: {len(lines)} sets ranked, {sum(r['judgements'] for r in lines)} judgements")
+        print(f"{args.rank}: {len(lines)} sets, {sum(r['judgements'] for r in lines)} judgements")
         if args.out:
             common.write_lines(args.out, lines)
         else:
@@ -913,8 +924,8 @@ def learning_curves(folders):
     runs = {f: common.whole_lines(Path(f, "metrics.jsonl")) for f in folders}
     return "".join(line_chart(name, {f: [(s["step"], s[name]) for s in steps if name in s]
                                      for f, steps in runs.items()})
-                   for name in ("reward", "rewards/accuracy/mean", "loss", "kl", "entropy", "share_a",
-                                "completions/mean_length", "grad_norm"))
+                   for name in ("reward", "rewards/accuracy/mean", "loss", "kl", "entropy",
+                                "share_a", "completions/mean_length", "grad_norm"))
 
 
 def picture(path, video):
@@ -939,12 +950,13 @@ def judged_row(row, x, preds, flipped):
     shown, media = (shown, "".join(media)) if shown else (media or ["", ""], "")
     kind = "flip" if flipped else "right" if x == 1 else "wrong"
     says = " ".join(str(p["pred"]) for p in preds) or "nothing"
-    return (f'<details class="{kind}"><summary>{kind}: {esc(row["id"])}, {esc(place_of(row))}, label '
-            f'{esc(row["label"])}, says {esc(says)}: {x:.2f} points</summary><pre>{esc(row["prompt"])}'
-            f'</pre>{media}<div class="two">'
+    return (f'<details class="{kind}"><summary>{kind}: {esc(row["id"])}, {esc(place_of(row))}, '
+            f'label {esc(row["label"])}, says {esc(says)}: {x:.2f} points</summary>'
+            f'<pre>{esc(row["prompt"])}</pre>{media}<div class="two">'
             + "".join(f"<div><b>{side}</b>{t}</div>" for side, t in zip("AB", shown)) + "</div>"
-            + "".join(f"<p>order {esc(p['order'])}, sample {esc(p['sample'])}: <b>{esc(p['pred'])}</b>"
-                      f"</p><pre>{esc(p.get('text') or '')}</pre>" for p in preds) + "</details>\n")
+            + "".join(f"<p>order {esc(p['order'])}, sample {esc(p['sample'])}: "
+                      f"<b>{esc(p['pred'])}</b></p><pre>{esc(p.get('text') or '')}</pre>"
+                      for p in preds) + "</details>\n")
 
 
 def write_report(path, title, results, rows, x, preds, runs, limit):
@@ -956,14 +968,16 @@ def write_report(path, title, results, rows, x, preds, runs, limit):
     for name, result in results.items():
         cells = [(f"<th>{esc(c)}</th>", f"<td>{v}</td>", f"<td>{n}</td>")
                  for c, v, n in columns_of(result)]
-        page += f"<h2>{esc(name)}</h2><table><tr>{'<tr>'.join(map(''.join, zip(*cells)))}</table><p>"
-        page += ", ".join(f"{esc(k.replace('_', ' '))} {esc(result[k])}" for k in (
-            "interval", "order_flips", "share_a", "unparsable", "missing", "soft") if k in result)
+        lines = "<tr>".join(map("".join, zip(*cells)))
+        page += f"<h2>{esc(name)}</h2><table><tr>{lines}</table><p>" + ", ".join(
+            f"{esc(k.replace('_', ' '))} {esc(result[k])}" for k in (
+                "interval", "order_flips", "share_a", "unparsable", "missing", "soft") if k in result)
         page += "</p>" + line_chart("accuracy against the number of votes", {
             f"{c}@k": [(int(k), v) for k, v in result.get(c, {}).items()] for c in ("vote", "any")})
     page += "<h2>Learning curves</h2>" * bool(runs) + learning_curves(runs)
     flips = [len({p["pred"] for p in some if p["pred"]}) > 1 for some in by_row]
-    order = sorted((k for k, r in enumerate(rows) if r["label"]), key=lambda k: (not flips[k], x[k]))
+    order = sorted((k for k, r in enumerate(rows) if r["label"]),
+                   key=lambda k: (not flips[k], x[k]))
     page += f"<h2>Rows: flips and failures first, {min(limit, len(order))} of {len(order)}</h2>\n"
     page += "".join(judged_row(rows[k], x[k], by_row[k], flips[k]) for k in order[:limit])
     Path(path).write_text(page + "</body></html>\n", "utf-8", errors="replace")
@@ -1005,8 +1019,8 @@ def finish(args, rows, files):
     result = results[name]
     if len(xs) == 2:
         result = {**compare(rows, *xs), **dict(zip(("first", "second"), results.values()))}
-        print("first - second: {difference:+.1%} [{low:+.1%}, {high:+.1%}]; rows that only the first "
-              "judges better {first_better}, only the second {second_better}; McNemar p {mcnemar_p:.3g}"
+        print("first - second: {difference:+.1%} [{low:+.1%}, {high:+.1%}]; rows that the first "
+              "judges better {first_better}, the second {second_better}; McNemar p {mcnemar_p:.3g}"
               .format(low=result["interval"][0], high=result["interval"][1], **result))
     if args.report:
         write_report(args.report, f"{args.benchmark}: {args.data}", results, rows, xs[0],
@@ -1068,14 +1082,14 @@ def arguments():
     add("--grouping", choices=["official", "all"], default="official", help="VL-RewardBench: 'all' "
         "also prints the two wrong groupings of public code, under which papers report")
     add("--score", nargs="+", metavar="PREDS", help="score this file of predictions, without a "
-        'model; of two, also compare. A line: {"id", "pred": "A"|"B"|null}, optionally "row" (index '
-        'in the data file, needed where ids repeat), "order", "sample", "score_a", "score_b"; '
-        'GenAI-Bench: also "tie", "bothbad"; RM-Bench: {"id", "i", "j", "pred"}, or scores {"id", '
-        '"chosen": [3], "rejected": [3]}')
+        'model; of two, also compare. A line: {"id", "pred": "A"|"B"|null}, optionally "row" (the '
+        'index in the data file, needed where ids repeat), "order", "sample", "score_a", '
+        '"score_b"; GenAI-Bench: also "tie", "bothbad"; RM-Bench: {"id", "i", "j", "pred"}, or '
+        'scores {"id", "chosen": [3], "rejected": [3]}')
     add("--rank", metavar="CANDIDATES", help='lines of {"id", "prompt", "media", "candidates": '
         "[...]}: reward each candidate, in [0, 1] with a standard error")
-    add("--rounds", type=int, help="--rank: opponents a candidate meets, in both orders; default all "
-        "(BaseReward, appendix C). Of 8: 8 judgements a round, 56 in all")
+    add("--rounds", type=int, help="--rank: opponents a candidate meets, in both orders; default "
+        "all (BaseReward, appendix C). Of 8: 8 judgements a round, 56 in all")
     add("--aggregate", choices=["win_rate", "bradley_terry"], default="win_rate", help="--rank: "
         "'bradley_terry' allows for whom a candidate met, which matters with few --rounds")
     add("--form", choices=["pixels", "caption"], default="pixels",
@@ -1086,19 +1100,19 @@ def arguments():
         "voting@16), with vote@k and any@k for k = 1..K; 1 = one greedy answer")
     add("--temperature", type=float, default=1.0, help="of the K sampled answers")
     add("--max_new_tokens", type=int, default=160, help="paper: 1024")
-    add("--max_prompt_tokens", type=int, default=16_384, help="longer prompts are not judged, which "
-        "counts as wrong; never cut")
+    add("--max_prompt_tokens", type=int, default=16_384, help="longer prompts are not judged, "
+        "which counts as wrong; never cut")
     add("--frames", type=int, default=8, help="frames a video (the paper's: 8)")
     add("--max_tiles", type=int, default=12, help="tiles an image (InternVL: 12)")
     add("--batch_size", type=int, default=64, help="prompts decoded together")
     add("--seed", type=int, default=0, help="of the sampled answers and of --rounds")
     add("--skip_bad_rows", action="store_true", help="malformed preference rows are left out; rows "
         "that cannot be shown (a broken image...) count as wrong. Both are printed")
-    add("--out", help="predictions or rankings, .jsonl. The same command goes on from what is there; "
-        "nothing is judged twice")
+    add("--out", help="predictions or rankings, .jsonl. The same command goes on from what is "
+        "there; nothing is judged twice")
     add("--json", action="store_true", help="print one JSON object last")
-    add("--report", metavar="PAGE.html", help="write one self-contained page: table, curves, and rows "
-        "with pictures and answers, flips and failures first")
+    add("--report", metavar="PAGE.html", help="write one self-contained page: table, curves, and "
+        "rows with pictures and answers, flips and failures first")
     add("--report_rows", type=int, default=200, help="rows on that page")
     add("--runs", nargs="+", default=[], help="run folders whose learning curves go on that page")
     add("--table", nargs="+", metavar="CHECKPOINT", help="print a table of checkpoints by the five "
