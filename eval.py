@@ -831,14 +831,22 @@ def ranked_pairwise(sets, loaded, args, out):
             both = [s["candidates"][i], s["candidates"][j]]
             shown = {"media": both} if s["task"].endswith("generation") else {"responses": both}
             rows.append({**s, "id": str(s["id"]), "i": i, "j": j, "label": "A", **shown})
-    wins = {}  # (set, i, j), i < j -> what each verdict gave to i; no verdict: half to each
-    for p in judge_rows(loaded, fit_to_judge(rows, loaded[0][1], args), args, out, ("AB",)):
-        won, i, j = {"A": 1.0, "B": 0.0, None: 0.5}[p["pred"]], p["i"], p["j"]
-        wins.setdefault((p["row"], min(i, j), max(i, j)), []).append(won if i < j else 1 - won)
+    shares = shares_of(judge_rows(loaded, fit_to_judge(rows, loaded[0][1], args), args, out,
+                                  ("AB",)))
     fit = win_rates if args.aggregate == "win_rate" else bradley_terry
     for s, some in zip(sets, pairs):
-        games = [(*p, sum(w) / len(w)) for p in some if (w := wins.get((s["row"], *p)))]
+        games = [(*p, shares[s["row"], *p]) for p in some if (s["row"], *p) in shares]
         yield *fit(len(s["candidates"]), games), 2 * len(some) * args.votes
+
+
+def shares_of(preds):
+    """-> {(set, i, j), i < j: i's share of the verdicts of the pair}. No verdict: half to each
+    (UNSPECIFIED)."""
+    wins = {}
+    for p in preds:
+        won, i, j = {"A": 1.0, "B": 0.0, None: 0.5}[p["pred"]], p["i"], p["j"]
+        wins.setdefault((p["row"], min(i, j), max(i, j)), []).append(won if i < j else 1 - won)
+    return {pair: sum(w) / len(w) for pair, w in wins.items()}
 
 
 def ranked_by_score(sets, loaded, args):

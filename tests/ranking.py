@@ -9,7 +9,6 @@ picking one at random is right 1 time in 8.
 """
 
 import argparse
-import json
 import random
 import subprocess
 import sys
@@ -18,6 +17,9 @@ from pathlib import Path
 
 import toy_world
 from toy_world import COLOURS, ROOT, SHAPES
+
+import common
+from eval import bradley_terry, schedule, shares_of, win_rates
 
 
 def candidate_set(rng, i, n=8):
@@ -35,7 +37,7 @@ def candidate_set(rng, i, n=8):
 
 
 def alike(a, b):
-    """Share of the pairs that both rewards order the same way; one that either leaves even: half."""
+    """Share of the pairs that both rewards order the same way; even in either: half."""
     signs = [((a[i] - a[j]) * (b[i] - b[j])) for i, j in combinations(range(len(a)), 2)]
     return sum((s > 0) + 0.5 * (s == 0) for s in signs) / len(signs)
 
@@ -45,34 +47,34 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/stage1_text_grpo")
     parser.add_argument("--sets", type=int, default=100)
-    parser.add_argument("--rounds", type=int, nargs="+", default=[7, 1, 2, 3, 5])
+    parser.add_argument("--rounds", type=int, nargs="+", default=[1, 2, 3, 5, 7])
+    parser.add_argument("--draws", type=int, default=20, help="schedules drawn, for the mean")
     parser.add_argument("--out", default="runs/ranking", help="folder of what is written")
     args = parser.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(5)
     sets = [candidate_set(rng, i) for i in range(args.sets)]
-    (out / "candidates.jsonl").write_text("".join(json.dumps(s) + "\n" for s in sets))
-    print("| judgements a set | fitted by | best of 8 right, % | same best as full, % | pairs "
-          "ordered as by full, % |\n|--:|---|--:|--:|--:|")
-    full = None
-    for rounds in args.rounds:  # 7: the full round robin
-        for fit in ("win_rate", "bradley_terry"):
-            file = out / f"{rounds}-{fit}.jsonl"
-            for name in ("judged.jsonl", "judged.settings.json"):  # both fits share the judgements
-                if (old := out / f"{rounds}-win_rate.{name}").exists():
-                    (out / f"{rounds}-{fit}.{name}").write_bytes(old.read_bytes())
-            subprocess.run([sys.executable, ROOT / "eval.py", "--model", args.model, "--rank",
-                            out / "candidates.jsonl", "--rounds", str(rounds), "--aggregate", fit,
-                            "--batch_size", "256", "--out", file], check=True,
-                           stdout=subprocess.DEVNULL)
-            lines = [json.loads(line) for line in file.read_text().splitlines()]
-            full = full or lines
-            right = sum(s["right"] == r["best"] for s, r in zip(sets, lines))
-            best = sum(f["best"] == r["best"] for f, r in zip(full, lines))
-            pairs = sum(alike(f["rewards"], r["rewards"]) for f, r in zip(full, lines))
-            print(f"| {lines[0]['judgements']} | {fit} | " + " | ".join(
-                f"{100 * x / len(sets):.1f}" for x in (right, best, pairs)) + " |", flush=True)
+    common.write_lines(out / "candidates.jsonl", sets)
+    subprocess.run([sys.executable, ROOT / "eval.py", "--model", args.model, "--rank",
+                    out / "candidates.jsonl", "--out", out / "full.jsonl"], check=True)
+    full = [r["rewards"] for r in common.whole_lines(out / "full.jsonl")]
+    # greedy verdicts do not change, so those of a cheap schedule are among those of the full one
+    shares = shares_of(common.whole_lines(out / "full.judged.jsonl"))
+    print("\n| judgements a set | fit | best of 8 right, % | same best as full, % | pairs ordered "
+          "as by full, % |\n|--:|---|--:|--:|--:|")
+    for rounds in args.rounds:
+        for fit in (win_rates, bradley_terry):
+            totals, n = [0, 0, 0], args.draws * len(sets)
+            for k, s in [(k, s) for _ in range(args.draws) for k, s in enumerate(sets)]:
+                pairs = schedule(8, rounds, rng)
+                rewards = fit(8, [(*p, shares[k, *p]) for p in pairs])[0]
+                best = rewards.index(max(rewards))
+                totals[0] += best == s["right"]
+                totals[1] += best == full[k].index(max(full[k]))
+                totals[2] += alike(rewards, full[k])
+            print(f"| {2 * len(pairs)} | {fit.__name__} | "
+                  + " | ".join(f"{100 * t / n:.1f}" for t in totals) + " |", flush=True)
     print(f"\none at random: {100 / 8:.1f} % right")
 
 

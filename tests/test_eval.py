@@ -1,7 +1,7 @@
 """
 The evaluator: every benchmark's figures against cases worked by hand or by a slow loop, in the
-published form; judging with fake judges; ranking; the page. "kills:" names wrong versions of eval.py
-under which a test was seen to fail.
+published form; judging with fake judges; ranking; the page. "kills:" names wrong versions of
+eval.py under which the test fails.
 """
 
 import csv
@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
+import torch.nn.functional as F
 import toy_world
 from PIL import Image
 
@@ -37,11 +38,12 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run("--score", ...) -> the JSON object printed last"""
+    """run("--score", ...) -> the JSON object printed last, if any"""
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
         ev.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
+        last = capsys.readouterr().out.splitlines()[-1]
+        return json.loads(last) if last.startswith("{") else None
     return run
 
 
@@ -60,13 +62,15 @@ def scored(run, benchmark, data, preds, *more):
 
 # ------------------------------------------------------------- rows in the benchmarks' own schemas
 def vl(id, better=0, **more):
-    return {"id": id, "query": f"question {id}?", "response": ["good one", "bad one"][::1 - 2 * better],
-            "human_ranking": [better, 1 - better], "image": "images/i.png", "query_source": ""} | more
+    return {"id": id, "query": f"question {id}?", "query_source": "", "image": "images/i.png",
+            "response": ["good one", "bad one"][::1 - 2 * better],
+            "human_ranking": [better, 1 - better]} | more
 
 
 def multimodal(id, category, better):
-    return {"ID": id, "Text": "What?", "Image": "images/i.png", "Output1": ["bad", "good"][better == 1],
-            "Output2": ["bad", "good"][better == 2], "Better": f"Output{better}", "Category": category}
+    return {"ID": id, "Text": "What?", "Image": "images/i.png", "Category": category,
+            "Output1": ["bad", "good"][better == 1], "Output2": ["bad", "good"][better == 2],
+            "Better": f"Output{better}"}
 
 
 def mm_rlhf(id, folder="mcq"):
@@ -91,8 +95,8 @@ def rewardbench(id, subset):
 
 
 def rm_bench(id, domain):
-    return {"id": id, "prompt": "What?", "domain": domain, "chosen": [f"good {i}" for i in range(3)],
-            "rejected": [f"bad {j}" for j in range(3)]}
+    return {"id": id, "prompt": "What?", "domain": domain,
+            "chosen": [f"good {i}" for i in range(3)], "rejected": [f"bad {j}" for j in range(3)]}
 
 
 def row(n, **more):
@@ -100,53 +104,59 @@ def row(n, **more):
             "responses": ["good", "bad"][::1 - 2 * (n % 2)]} | more
 
 
-def shareGPT(id, video):
-    return {"id": id, "video": video, "prompt": "<video>\nWhat?", "chosen": "good", "rejected": "bad"}
+def sharegpt(id, video):
+    return {"id": id, "video": video, "prompt": "<video>\nWhat?", "chosen": "good",
+            "rejected": "bad"}
 
 
 # ------------------------------------------------------------------------------------ hand-worked
 def test_vl_rewardbench(run):
     """kills: groups by query_source; 'hallucination_...' in general; null left out of the mean; a
     missing row left out; human_ranking read as the index of the better; macro over rows."""
-    rows = [vl("RLAIF-V-3"), vl("RLHF-V-1", 1), vl("hallucination_pair-7", 1), vl("wildvision-battle_2"),
-            vl("mmmu_val_1"), vl("mathverse_4", 1), vl("mathverse_4"), vl("svit-9"), vl("RLAIF-V-4")]
+    rows = [vl("RLAIF-V-3"), vl("RLHF-V-1", 1), vl("hallucination_pair-7", 1),
+            vl("wildvision-battle_2"), vl("mmmu_val_1"), vl("mathverse_4", 1), vl("mathverse_4"),
+            vl("svit-9"), vl("RLAIF-V-4")]
     data = write("data.json", rows)
     preds = [{"id": "RLAIF-V-3", "pred": "A"}, {"id": "RLHF-V-1", "pred": "B"},
-             {"id": "hallucination_pair-7", "pred": None}, {"id": "wildvision-battle_2", "pred": "B"},
-             {"id": "mmmu_val_1", "pred": "A"}, {"id": "mathverse_4", "row": 5, "pred": "B"},
+             {"id": "hallucination_pair-7", "pred": None},
+             {"id": "wildvision-battle_2", "pred": "B"}, {"id": "mmmu_val_1", "pred": "A"},
+             {"id": "mathverse_4", "row": 5, "pred": "B"},
              {"id": "mathverse_4", "row": 6, "pred": "B"}, {"id": "svit-9", "pred": "A"}]
     got = scored(run, "vl_rewardbench", data, preds, "--grouping", "all")
     assert got["groups"] == {"hallucination": 2 / 4, "general": 1 / 2, "reasoning": 2 / 3}
     assert got["overall"] == 5 / 9 and got["macro"] == pytest.approx((1 / 2 + 1 / 2 + 2 / 3) / 3)
     assert (got["n"], got["missing"], got["unparsable"]) == (9, 1, 1 / 8)
     assert got["group_n"] == {"hallucination": 4, "general": 2, "reasoning": 3}
-    wrong = {name.split()[1].split("'")[0]: g for name, g in got["groupings"].items() if "wrong" in name}
-    assert wrong["UnifiedReward"]["group_n"] == {"hallucination": 3, "general": 3, "reasoning": 3}
-    assert wrong["R1-Reward"]["group_n"] == {"hallucination": 1, "general": 5, "reasoning": 3}
-    assert wrong["R1-Reward"]["groups"]["general"] == 3 / 5
-    official = got["groupings"]["official"]
+    official, unified, r1 = got["groupings"].values()
+    assert [("wrong" in name) for name in got["groupings"]] == [False, True, True]
+    assert unified["group_n"] == {"hallucination": 3, "general": 3, "reasoning": 3}
+    assert r1["group_n"] == {"hallucination": 1, "general": 5, "reasoning": 3}
+    assert r1["groups"]["general"] == 3 / 5
     assert official["macro"] == got["macro"] and official["groups"] == got["groups"]
 
 
 def test_public_sizes_of_the_groups():
     """The prefixes as counted in the published file. kills: a case-folded R1 rule."""
-    ids = {"RLAIF-V-": 233, "RLHF-V-": 68, "hallucination_pair-": 448, "mathverse_": 167, "mmmu_": 151,
-           "wildvision-battle_": 173, "jailbreak-": 7, "LRVInstruction-": 1, "politics-": 1, "svit-": 1}
+    ids = {"RLAIF-V-": 233, "RLHF-V-": 68, "hallucination_pair-": 448, "mathverse_": 167,
+           "mmmu_": 151, "wildvision-battle_": 173, "jailbreak-": 7, "LRVInstruction-": 1,
+           "politics-": 1, "svit-": 1}
     sizes = [[sum(n for p, n in ids.items() if group(p + "1") == g)
-              for g in ("general", "hallucination", "reasoning")] for group in ev.GROUPINGS.values()]
+              for g in ("general", "hallucination", "reasoning")]
+             for group in ev.GROUPINGS.values()]
     assert sizes == [[183, 749, 318], [631, 301, 318], [484, 448, 318]]
 
 
 def test_multimodal_rewardbench(run):
     """kills: macro as overall; 'math' by category; MSRL's Other pooled over rows."""
-    kinds = [("nocaps_1", "open_generation/correctness_task", 1), ("nocaps_2",
-             "open_generation/correctness_task", 2), ("visitbench_1", "open_generation/preference_task", 1),
-             ("mmmu-s_1", "knowledge", 2), ("mathvista_1", "reasoning", 1), ("EMMA-Coding_1", "reasoning", 1),
-             ("image2struct_5", "reasoning", 2), ("pairs_1", "safety", 1), ("hateful_1", "safety", 2),
-             ("SEED-Bench_1", "vqa", 1), ("MMBench_1", "vqa", 1), ("RealworldQA_1", "vqa", 1)]
-    preds = "A A A B A B B A A A B B".split()
-    got = scored(run, "multimodal_rewardbench", write("all_data.json", [multimodal(*k) for k in kinds]),
-                 [{"id": k[0], "pred": p} for k, p in zip(kinds, preds)])
+    kinds = [("nocaps_1", "open_generation/correctness_task", 1), ("mmmu-s_1", "knowledge", 2),
+             ("nocaps_2", "open_generation/correctness_task", 2), ("mathvista_1", "reasoning", 1),
+             ("visitbench_1", "open_generation/preference_task", 1), ("pairs_1", "safety", 1),
+             ("EMMA-Coding_1", "reasoning", 1), ("image2struct_5", "reasoning", 2),
+             ("hateful_1", "safety", 2), ("SEED-Bench_1", "vqa", 1), ("MMBench_1", "vqa", 1),
+             ("RealworldQA_1", "vqa", 1)]
+    data = write("all_data.json", [multimodal(*k) for k in kinds])
+    got = scored(run, "multimodal_rewardbench", data,
+                 [{"id": k[0], "pred": p} for k, p in zip(kinds, "ABAAAABBAABB")])
     columns = {"correctness": 1 / 2, "preference": 1, "knowledge": 1, "math": 1, "coding": 1 / 2,
                "safety": 1 / 2, "vqa": 1 / 3}
     assert got["overall"] == 7 / 12 and got["macro"] == pytest.approx(sum(columns.values()) / 7)
@@ -159,8 +169,8 @@ def test_multimodal_rewardbench(run):
 def test_mm_rlhf_rewardbench(run):
     """kills: Acc+ as the mean of the prompts' accuracies; Acc+ over pairs; ids taken for rows; a
     tie of scores as half; macro as overall."""
-    rows = [mm_rlhf("a"), mm_rlhf("a"), mm_rlhf("b", "long"), mm_rlhf("b", "long"), mm_rlhf("b", "long"),
-            mm_rlhf("c", "video"), mm_rlhf("d", "safety")]
+    rows = [mm_rlhf(*x) for x in (("a",), ("a",), ("b", "long"), ("b", "long"), ("b", "long"),
+                                  ("c", "video"), ("d", "safety"))]
     scores = [(2, 1), (3, -1), (1, 0), (0, 1), (2, 0), (1, 0), (1, 1)]
     preds = [{"id": r["id"], "row": n, "score_a": a, "score_b": b}
              for n, (r, (a, b)) in enumerate(zip(rows, scores))]
@@ -171,9 +181,23 @@ def test_mm_rlhf_rewardbench(run):
     assert got["group_n"]["Acc+"] == 4 and got["unparsable"] == 1 / 7
 
 
+def test_acc_plus_takes_each_order_as_a_pass():
+    """kills: a pair's mean over orders taken first; the better order; a tied vote as right."""
+    votes = {0: ("A", "B"), 1: ("B", "A"),   # each right once, never both in one pass: 0
+             2: ("A", "B"), 3: ("A", "B"),   # both right in the first pass: 1/2
+             4: ("AB", "A"), 5: ("AB", "A"),  # tied votes in the first pass: (1/4 + 1) / 2
+             6: ("A", None), 7: ("B", None)}  # judged once: the same in both passes: 0
+    rows = [{"id": str(k), "row": k, "label": "A", "part": "mcq", "weight": 1, "cluster": k // 2}
+            for k in votes]
+    preds = [{"at": k, "order": o, "sample": n, "pred": v} for k, both in votes.items()
+             for o, some in zip(("AB", "BA"), both) for n, v in enumerate(some or ())]
+    got = ev.score(rows, preds, "mm_rlhf_rewardbench")[0]
+    assert got["groups"]["Acc+"] == (0 + 1 / 2 + 5 / 8 + 0) / 4
+
+
 def test_genai_bench(run):
     """kills: ties dropped from the 4-way figure; bothbad taken for tie in it; ties in 'no tie'."""
-    votes = ["leftvote", "rightvote", "rightvote", "tievote", "tievote", "bothbad_vote", "bothbad_vote"]
+    votes = ["leftvote", "rightvote", "rightvote", "tievote", "tievote", *["bothbad_vote"] * 2]
     preds = ["A", "A", "tie", "tie", "bothbad", "same", "B"]
     for kind, name in (("image", "genai_image"), ("video", "genai_video")):
         got = scored(run, name, write("d.json", [genai(v, kind) for v in votes]),
@@ -182,7 +206,8 @@ def test_genai_bench(run):
         assert got["overall"] == 3 / 7 and got["n"] == 7 and got["group_n"]["no tie"] == 3
     old = [{"id": "x7", "prompt": "p", "video_left": "l.mp4", "video_right": "r.mp4",
             "vote_type": "leftvote"}]
-    assert scored(run, "genai_video", write("d.json", old), [{"id": "x7", "pred": "A"}])["overall"] == 1
+    got = scored(run, "genai_video", write("d.json", old), [{"id": "x7", "pred": "A"}])
+    assert got["overall"] == 1
 
 
 def test_videogen_rewardbench(run):
@@ -208,11 +233,8 @@ def test_with_ties_finds_the_best_threshold():
         margins = [rng.randrange(-4, 5) / 2 for _ in range(n)]
         judged = [{"AB": [{"score_a": m, "score_b": 0.0}]} for m in margins]
         slow = max(sum(r["label"] == ("same" if abs(m) <= t else "A" if m > 0 else "B")
-                       for r, m in zip(rows, margins)) / n for t in [-1] + [abs(m) for m in margins])
-        no_verdict_at_0 = sum(r["label"] == {1: "A", -1: "B", 0: "same"}[(m > 0) - (m < 0)]
-                              for r, m in zip(rows, margins)) / n
-        got = ev.with_ties(rows, None, judged, range(n))
-        assert got == max(slow, no_verdict_at_0)
+                       for r, m in zip(rows, margins)) / n for t in [0, *map(abs, margins)])
+        assert ev.with_ties(rows, None, judged, range(n)) == slow
 
 
 def test_rewardbench(run):
@@ -232,7 +254,8 @@ def test_rewardbench(run):
     for section, counts in {"Chat": {"alpacaeval-easy": 100, "mt-bench-med": 40},
                             "Chat Hard": {"llmbar-natural": 100},
                             "Safety": {"donotanswer": 136, "xstest-should-respond": 250},
-                            "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-rust": 164}}.items():
+                            "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-rust": 164}
+                            }.items():
         total = sum(c * sum(right[s]) / len(right[s]) for s, c in counts.items())
         sections[section] = total / sum(counts.values())
     got = scored(run, "rewardbench", write("filtered.json", rows), preds)
@@ -243,8 +266,8 @@ def test_rewardbench(run):
 
 @pytest.mark.parametrize("form", ["scores", "pairs"])
 def test_rm_bench(run, form):
-    """kills: hard and easy exchanged; the two safety domains apart; items pooled over domains; equal
-    scores as right."""
+    """kills: hard and easy exchanged; the two safety domains apart; items pooled over domains;
+    equal scores as right."""
     rng = random.Random(2)
     domains = ["chat"] * 2 + ["code"] * 3 + ["math"] + ["safety-refuse"] * 2 + ["safety-response"]
     rows = [rm_bench(f"{d}/{n}", d) for n, d in enumerate(domains)]
@@ -260,7 +283,8 @@ def test_rm_bench(run, form):
     for d, (c, w) in zip(domains, scores):
         by_domain.setdefault(d.split("-")[0], []).append(
             {k: sum(c[i] > w[j] for i, j in v) / 3 for k, v in cells.items()})
-    table = {d: {k: sum(s[k] for s in some) / len(some) for k in cells} for d, some in by_domain.items()}
+    table = {d: {k: sum(s[k] for s in some) / len(some) for k in cells}
+             for d, some in by_domain.items()}
     expected = {d: sum(t.values()) / 3 for d, t in table.items()}
     overall = sum(expected.values()) / 4
     expected |= {k: sum(t[k] for t in table.values()) / 4 for k in cells}
@@ -273,7 +297,7 @@ def test_rm_bench(run, form):
 
 def test_sharegpt_video_holds_out_whole_videos():
     """kills: a coin of the row."""
-    rows = [shareGPT(f"q{n}", f"v{n % 300}") for n in range(900)]
+    rows = [sharegpt(f"q{n}", f"v{n % 300}") for n in range(900)]
     got = ev.read_benchmark("sharegpt_video", write("sft_dpo_17k.jsonl", rows))
     held = {r["cluster"] for r in got if r["weight"]}
     assert 15 <= len(held) <= 50 and sum(bool(r["weight"]) for r in got) == 3 * len(held)
@@ -286,13 +310,15 @@ def test_published_files(run):
     preds = [{"id": r["id"], "row": n, "order": o, "pred": p} for n, r in enumerate(rows)
              for o, p in (("AB", "A"), ("BA", "B"))]
     got = scored(run, "mm_rlhf_rewardbench", DATA / "mm_rlhf_reward_bench.jsonl", preds)
-    assert got["group_n"] == {"mcq": 42, "short": 34, "long": 37, "safety": 32, "video": 25, "Acc+": 46}
+    assert got["group_n"] == {"mcq": 42, "short": 34, "long": 37, "safety": 32, "video": 25,
+                              "Acc+": 46}
     assert set(got["groups"].values()) == {0.5} and got["order_flips"] == got["share_a"] == 1
     items = json.loads((DATA / "rm_bench_chat.json").read_text())
     preds = [{"id": r["id"], "chosen": [3, 2, 1], "rejected": [0, 2, 4]} for r in items]
     got = scored(run, "rm_bench", DATA / "rm_bench_chat.json", preds)
     assert got["n"] == 129 and got["matrix"] == [[1, 1, 0], [1, 0, 0], [1, 0, 0]]
-    assert got["groups"] == pytest.approx({"chat": 4 / 9, "easy": 2 / 3, "normal": 1 / 3, "hard": 1 / 3})
+    assert got["groups"] == pytest.approx({"chat": 4 / 9, "easy": 2 / 3, "normal": 1 / 3,
+                                           "hard": 1 / 3})
 
 
 def test_row_counts_are_checked(run, capsys):
@@ -326,7 +352,7 @@ def test_plain_rows_as_the_stages_count_them(votes):
 
 
 def test_votes_are_expected_over_all_subsets():
-    """kills: one draw; with replacement; a tie as wrong; an unparsable vote as wrong; any as all."""
+    """kills: one draw; with replacement; a tie as wrong; an unparsable vote as wrong."""
     for votes in (["A", "B", "A", None, "B"], ["B", "B", None, None, "A"], ["A"] * 3 + ["B"] * 3):
         right, wrong = votes.count("A"), votes.count("B")
         for k in range(1, len(votes) + 1):
@@ -346,7 +372,8 @@ def test_vote_curves_average_orders_and_rows():
              for (n, o), some in votes.items() for k, v in enumerate(some)]
     got = ev.score(rows, preds)[0]
     # k = 2: AAB -> pairs AA, AB, AB; BA and a vote for nobody -> BA, B-, A- with label B
-    assert got["vote"]["2"] == pytest.approx((((1 + 0.5 + 0.5) / 3 + 0) / 2 + (0.5 + 1 + 0) / 3) / 2)
+    first, second = ((1 + 0.5 + 0.5) / 3 + 0) / 2, (0.5 + 1 + 0) / 3
+    assert got["vote"]["2"] == pytest.approx((first + second) / 2)
     assert got["any"]["2"] == pytest.approx(((1 + 0) / 2 + 2 / 3) / 2)
 
 
@@ -355,7 +382,8 @@ def test_soft_votes():
     rows = plain(4)  # labels A B A B
     scores = {0: [0.6, 0.6, 0.05], 1: [0.9, 0.3, 0.2], 2: [0.8, 0.2, 0.5]}
     preds = [{"at": n, "order": "AB", "sample": k, "pred": ev.larger(a, 1 - a), "score_a": a,
-              "score_b": 1 - a, "text": ""} for n, some in scores.items() for k, a in enumerate(some)]
+              "score_b": 1 - a, "text": ""}
+             for n, some in scores.items() for k, a in enumerate(some)]
     preds.append({"at": 3, "order": "AB", "sample": 0, "pred": None, "text": ""})
     assert ev.score(rows, preds)[0]["soft"] == (0 + 1 + 0.5 + 0) / 4
 
@@ -537,26 +565,26 @@ def publish(name):
         videos = [v for v in (f"v{n}" for n in range(99)) if ev.held_out(v)][:2]
         for v in videos:
             picture(folder / v / "0.png")
-        write(folder / "sft_dpo_17k.jsonl", [shareGPT(n, v) for n, v in enumerate(["zz", *videos])])
+        write(folder / "sft_dpo_17k.jsonl", [sharegpt(n, v) for n, v in enumerate(["zz", *videos])])
     elif name == "rewardbench":
         write(folder / "filtered.jsonl", [rewardbench(n, s) for n, s in enumerate(
             ["math-prm", "hep-cpp", "donotanswer", "mt-bench-hard"])])
     elif name == "rm_bench":
-        write(folder / "total_dataset.json", [rm_bench("chat/1", "chat"), rm_bench("math/1", "math")])
+        write(folder / "total_dataset.json", [rm_bench(f"{d}/1", d) for d in ("chat", "math")])
     else:
         folder = write("rows.jsonl", [row(n) for n in range(6)])
     return folder
 
 
-JUDGED = {"vl_rewardbench": 4, "multimodal_rewardbench": 6, "mm_rlhf_rewardbench": 3, "genai_image": 2,
-          "genai_video": 2, "videogen_rewardbench": 3, "sharegpt_video": 2, "rewardbench": 4,
-          "rm_bench": 18, "rows": 6}
+JUDGED = {"vl_rewardbench": 4, "multimodal_rewardbench": 6, "mm_rlhf_rewardbench": 3,
+          "genai_image": 2, "genai_video": 2, "videogen_rewardbench": 3, "sharegpt_video": 2,
+          "rewardbench": 4, "rm_bench": 18, "rows": 6}
 
 
 @pytest.mark.parametrize("name", list(ev.BENCHMARKS))
 def test_every_benchmark_is_judged_in_place(name, run, monkeypatch):
-    """Both orders of every row, media found where the archives put them. A constant "A" gets 50 % in
-    every column; a judge that finds the good one gets all of those that have it.
+    """Both orders of every row, media found where the archives put them. A constant "A" gets 50 %
+    in every column; a judge that finds the good one gets all of those that have it.
     kills: one order; the verdict taken as shown; the better one always first."""
     folder = publish(name)
     judge = Judge(monkeypatch, lambda prompt, vote: thinks("A"))
@@ -605,7 +633,8 @@ def test_a_killed_run_goes_on(run, monkeypatch):
 
 def test_what_cannot_be_shown_is_wrong(run, monkeypatch):
     """kills: over-long or broken rows left out of n."""
-    data = write("v/data.json", [vl("mmmu_1"), vl("mmmu_2", query="w" * 99), vl("mmmu_3", image="no.png")])
+    data = write("v/data.json", [vl("mmmu_1"), vl("mmmu_2", query="w" * 99),
+                                 vl("mmmu_3", image="no.png")])
     picture("v/images/i.png")
     Judge(monkeypatch, finds_good)
     command = ["--model", "m", "--benchmark", "vl_rewardbench", "--data", data, "--json",
@@ -618,7 +647,7 @@ def test_what_cannot_be_shown_is_wrong(run, monkeypatch):
 
 def test_r1_style(run, monkeypatch):
     """Digits, strictly. kills: letters read as digits; 2 read as A; A/B prompts; MSRL's parser."""
-    for text, side in (("1", "A"), ("2", "B"), (" 2\n", "B"), ("A", None), ("12", None), ("3", None)):
+    for text, side in (("1", "A"), (" 2\n", "B"), ("A", None), ("12", None), ("3", None)):
         answer = f"<think>x</think><answer>{text}</answer>"
         assert common.parse(answer, "r1").verdict == side
         assert common.parse(answer).verdict == ("A" if text == "A" else None)
@@ -642,16 +671,16 @@ def test_the_soft_vote_is_the_probability_of_the_letter():
         ids = encoder.answer_ids(text)
         logps = [-0.001 * (t + 1) for t in range(len(ids))]
         at = [t for t in range(len(ids)) if encoder.decode(ids[:t]).endswith("<answer>\n")][0]
-        shown = encoder.decode(ids)
         assert encoder.tokenizer.decode(ids[at:at + 1]).strip() == side
-        assert ev.answer_probability(shown, ids, logps, encoder) == pytest.approx(math.exp(logps[at]))
+        got = ev.answer_probability(encoder.decode(ids), ids, logps, encoder)
+        assert got == pytest.approx(math.exp(logps[at]), rel=1e-6)
 
 
 def test_votes_and_orders_of_a_real_model(run):
     """The toy backbone judges for real: K votes an order, probabilities beside the verdicts."""
     data = write("rows.jsonl", [row(n, prompt="ann red disc . colour of ann ?") for n in range(2)])
-    got = run("--model", toy_world.PREBUILT, "--data", data, "--votes", 2, "--out", "o.jsonl", "--json",
-              "--max_new_tokens", 120)
+    got = run("--model", toy_world.PREBUILT, "--data", data, "--votes", 2, "--out", "o.jsonl",
+              "--json", "--max_new_tokens", 120)
     preds = [json.loads(line) for line in open("o.jsonl")]
     assert [(p["row"], p["order"], p["sample"]) for p in preds] == list(
         itertools.product(range(2), ("AB", "BA"), range(2)))
@@ -662,12 +691,13 @@ def test_votes_and_orders_of_a_real_model(run):
     assert got["vote"].keys() == {"1", "2"}
 
 
-# ------------------------------------------------------------------------------ reward models, ranking
+# ----------------------------------------------------------------------------------------- ranking
 @pytest.fixture
 def reward_models(monkeypatch):
     """Two Bradley-Terry checkpoints whose score is the number in the text, and ten times it."""
     def load(folder, device, frames=8, max_tiles=12):
-        return torch.nn.Linear(1, 1), SimpleNamespace(special_tokens=(), scale=float(Path(folder).name))
+        scale = float(Path(folder).name)
+        return torch.nn.Linear(1, 1), SimpleNamespace(special_tokens=(), scale=scale)
 
     def number(encoder, text):
         return encoder.scale * float(text.split()[-1])
@@ -722,10 +752,10 @@ def test_win_rates():
 
 
 def test_bradley_terry_fit():
-    """After a round robin without a prior the fitted probabilities are the win rates; with few games
-    the strengths maximise the likelihood found by plain gradient ascent, and allow for whom one met;
-    errors agree with the spread over simulated tournaments. kills: the prior forgotten; the diagonal in the
-    mean; the Hessian's sign; the error of the strength in place of the reward's."""
+    """After a round robin without a prior the fitted probabilities are the win rates; with few
+    games they are those that plain gradient ascent finds, and allow for whom one met; errors agree
+    with the spread over simulated tournaments. kills: the prior forgotten; the diagonal in the
+    mean; the error of the strength in place of the reward's."""
     rng = random.Random(4)
     games = [(i, j, rng.random()) for i in range(5) for j in range(i + 1, 5)]
     assert ev.bradley_terry(5, games, 1e-9)[0] == pytest.approx(ev.win_rates(5, games)[0], abs=1e-6)
@@ -733,8 +763,8 @@ def test_bradley_terry_fit():
     s = torch.zeros(5, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.SGD([s], lr=1.0)
     for _ in range(1500):
-        loss = 0.1 * (s ** 2).sum() / 2 - sum(w * torch.nn.functional.logsigmoid(s[i] - s[j]) + (1 - w)
-                                              * torch.nn.functional.logsigmoid(s[j] - s[i])
+        loss = 0.1 * (s ** 2).sum() / 2 - sum(w * F.logsigmoid(s[i] - s[j])
+                                              + (1 - w) * F.logsigmoid(s[j] - s[i])
                                               for i, j, w in few)
         optimizer.zero_grad()
         loss.backward()
@@ -763,48 +793,46 @@ def number_judge(prompt, vote):
 
 @pytest.mark.parametrize("more, judgements", [
     ((), 56), (("--rounds", 2), 16), (("--rounds", 2, "--aggregate", "bradley_terry"), 16)])
-def test_rank(run, monkeypatch, capsys, more, judgements):
+def test_rank(run, monkeypatch, more, judgements):
     """Eight candidates: 56 ordered pairs, or 8 a round. kills: one order; the verdict given to the
     wrong candidate; the worst named best."""
     numbers = [[3, 1, 4, 15, 9, 2, 6, 5], [2, 7, 1, 8, 28, 18, 4, 5]]
-    sets = write("c.jsonl", [{"id": f"s{k}", "prompt": "Which?", "candidates": [f"says {n}" for n in some]}
-                             for k, some in enumerate(numbers)])
+    sets = write("c.jsonl", [{"id": k, "prompt": "Which?", "candidates": [
+        f"says {n}" for n in some]} for k, some in enumerate(numbers)])
     judge = Judge(monkeypatch, number_judge)
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", "m", "--rank", str(sets), "--out", "r.jsonl",
-                                      *map(str, more)])
-    ev.main()
+    command = ["--model", "m", "--rank", sets, "--out", "r.jsonl", *more]
+    run(*command)
     assert len(judge.prompts) == 2 * judgements
     for some, line in zip(numbers, map(json.loads, open("r.jsonl"))):
         assert line["judgements"] == judgements and line["best"] == line["ranking"][0]
         best, worst = (line["rewards"][some.index(f(some))] for f in (max, min))
         assert best > worst and ("bradley_terry" in more or (best, worst) == (1, 0))
-        assert all(0 <= r <= 1 for r in line["rewards"]) and all(e > 0 for e in line["standard_errors"])
+        assert min(line["rewards"]) >= 0 and max(line["rewards"]) <= 1
+        assert min(line["standard_errors"]) > 0
         if not more:
             assert [some[k] for k in line["ranking"]] == sorted(some, reverse=True)
             assert sorted(line["rewards"]) == pytest.approx([k / 7 for k in range(8)])
     again = Judge(monkeypatch, number_judge)
-    ev.main()
+    run(*command)
     assert not again.prompts  # nothing is judged twice
 
 
 def test_rank_of_a_position_bias_and_of_nonsense(run, monkeypatch):
     """No candidate gains from its place. kills: one order; no verdict as a loss."""
+    preds = [{"row": 0, "i": 0, "j": 1, "pred": "A"}, {"row": 0, "i": 1, "j": 0, "pred": None},
+             {"row": 0, "i": 2, "j": 1, "pred": "A"}]
+    assert ev.shares_of(preds) == {(0, 0, 1): 0.75, (0, 1, 2): 0.0}
     sets = write("c.jsonl", [{"id": 1, "prompt": "Which?", "candidates": list("abc")}])
-    for say in (lambda p, v: thinks("A"), lambda p, v: "Both."):
-        Judge(monkeypatch, say)
-        monkeypatch.setattr(sys, "argv", ["eval.py", "--model", "m", "--rank", str(sets), "--out",
-                                          f"{id(say)}.jsonl"])
-        ev.main()
-        assert json.loads(Path(f"{id(say)}.jsonl").read_text())["rewards"] == [0.5] * 3
+    for text in (thinks("A"), "Both."):
+        Judge(monkeypatch, lambda prompt, vote: text)
+        got = run("--model", "m", "--rank", sets)  # without --out it is printed
+        assert got["rewards"] == [0.5] * 3
 
 
-def test_rank_with_reward_models(run, reward_models, monkeypatch):
+def test_rank_with_reward_models(run, reward_models):
     """The mean probability of beating each other candidate; its error from the models' spread."""
     sets = write("c.jsonl", [{"id": 1, "prompt": "Which?", "candidates": ["x 0", "x 1", "x -1"]}])
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", "1", "--model", "10", "--rank", str(sets),
-                                      "--out", "r.jsonl"])
-    ev.main()
-    got = json.loads(Path("r.jsonl").read_text())
+    got = run("--model", "1", "--model", "10", "--rank", sets)
     win = lambda d: 1 / (1 + math.exp(-d))
     rate = lambda scale: [(win(-scale) + win(scale)) / 2, (win(scale) + win(2 * scale)) / 2]
     assert got["rewards"][:2] == pytest.approx(rate(5.5)) and got["ranking"] == [1, 0, 2]
@@ -832,7 +860,7 @@ EVIL = ['<script>alert(1)</script>', '<img src=x onerror=alert(1)>', '"><svg onl
 
 def test_the_page_holds_text_as_text(run):
     """Read back by a parser: what data says appears as text, no tag or attribute comes from it, and
-    nothing is fetched. kills: a field left unescaped; quotes left; failures last."""
+    nothing is fetched. kills: a field left unescaped; failures last."""
     picture("images/i.png")
     rows = [vl(f"mmmu_{n}<b>{evil}", query=evil, response=[evil, "fine"], image="images/i.png")
             for n, evil in enumerate(EVIL)]
@@ -842,13 +870,14 @@ def test_the_page_holds_text_as_text(run):
              for n, (r, evil) in enumerate(zip(rows, EVIL))]
     preds += [{"id": "mmmu_<flip>", "order": o, "pred": p, "text": "t"} for o, p in (("AB", "A"),
                                                                                    ("BA", "B"))]
-    write("runs/<x>/metrics.jsonl", [{"step": s, "reward": s / 7, "kl": float("nan")} for s in range(5)])
+    write("runs/<x>/metrics.jsonl", [{"step": s, "reward": s / 7, "kl": math.nan}
+                                     for s in range(5)])
     scored(run, "vl_rewardbench", "data.json", preds, "--report", "page.html", "--runs", "runs/<x>")
     source = Path("page.html").read_text()
     page = Page()
     page.feed(source)
-    assert set(page.tags) <= set("html head meta title style body h1 h2 table tr th td p pre div b svg "
-                                 "details summary img text polyline".split())
+    assert set(page.tags) <= set("html head meta title style body h1 h2 table tr th td p pre div b "
+                                 "svg details summary img text polyline".split())
     assert not [v for v in page.values if v[1].startswith("on") or "javascript" in str(v[2])]
     assert all(v.startswith("data:image/jpeg") for tag, k, v in page.values if k in ("src", "href"))
     assert "default-src 'none'" in dict((k, v) for t, k, v in page.values if t == "meta")["content"]
