@@ -48,7 +48,7 @@ def main():
     parser.add_argument("--model", default="runs/stage1_text_grpo")
     parser.add_argument("--sets", type=int, default=100)
     parser.add_argument("--rounds", type=int, nargs="+", default=[1, 2, 3, 5, 7])
-    parser.add_argument("--draws", type=int, default=20, help="schedules drawn, for the mean")
+    parser.add_argument("--draws", type=int, default=5, help="schedules drawn, for the mean")
     parser.add_argument("--out", default="runs/ranking", help="folder of what is written")
     args = parser.parse_args()
     out = Path(args.out)
