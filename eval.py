@@ -738,7 +738,8 @@ def judged(args, loaded, rows, out=None):
     """-> prediction rows of a judge, with "at", as score() takes them."""
     place = {key_of(r): at for at, r in enumerate(rows)}
     fit = fit_to_judge(rows, loaded[0][1], args)
-    return [{**p, "at": place[key_of(p)]} for p in judge_rows(loaded, fit, args, out)]
+    return [{**p, "at": place[key_of(p)]} for p in judge_rows(loaded, fit, args, out)
+            if key_of(p) in place]
 
 
 # ==================================================================================================
