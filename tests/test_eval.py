@@ -1,0 +1,887 @@
+"""
+The evaluator: every benchmark's figures against cases worked by hand or by a slow loop, in the
+published form; judging with fake judges; ranking; the page. "kills:" names wrong versions of
+eval.py under which the test fails.
+"""
+
+import csv
+import io
+import itertools
+import json
+import math
+import random
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+import torch.nn.functional as F
+import toy_world
+from PIL import Image
+
+import common
+import eval as ev
+
+DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+if not DATA.exists():
+    DATA = Path("/work/shared/data")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run("--score", ...) -> the JSON object printed last, if any"""
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
+        ev.main()
+        last = capsys.readouterr().out.splitlines()[-1]
+        return json.loads(last) if last.startswith("{") else None
+    return run
+
+
+def write(name, rows):
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows) if path.suffix == ".json" else
+                    "".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def scored(run, benchmark, data, preds, *more):
+    return run("--score", write("preds.jsonl", preds), "--benchmark", benchmark, "--data", data,
+               "--json", *more)
+
+
+# ------------------------------------------------------------- rows in the benchmarks' own schemas
+def vl(id, better=0, **more):
+    return {"id": id, "query": f"question {id}?", "query_source": "", "image": "images/i.png",
+            "response": ["good one", "bad one"][::1 - 2 * better],
+            "human_ranking": [better, 1 - better]} | more
+
+
+def multimodal(id, category, better):
+    return {"ID": id, "Text": "What?", "Image": "images/i.png", "Category": category,
+            "Output1": ["bad", "good"][better == 1], "Output2": ["bad", "good"][better == 2],
+            "Better": f"Output{better}"}
+
+
+def mm_rlhf(id, folder="mcq"):
+    key = "video" if folder == "video" else "image"
+    return {"id": id, key: f"{folder}/{'v' if key == 'video' else 'i.png'}", "prompt": "What?",
+            "chosen": "good", "rejected": "bad"}
+
+
+def genai(vote, kind="image"):
+    sides = ("left", "right")
+    return {"prompt": "a thing", "vote_type": vote} | {
+        f"{s}_{kind}": f"{s}_{vote[:4]}.{'png' if kind == 'image' else 'mp4'}" for s in sides}
+
+
+def videogen(overall):
+    return {"path_A": "videos/a.mp4", "path_B": "videos/b.mp4", "prompt": "a thing", "VQ": "B",
+            "MQ": "B", "TA": "B", "Overall": overall}
+
+
+def rewardbench(id, subset):
+    return {"id": id, "prompt": "What?", "chosen": "good", "rejected": "bad", "subset": subset}
+
+
+def rm_bench(id, domain):
+    return {"id": id, "prompt": "What?", "domain": domain,
+            "chosen": [f"good {i}" for i in range(3)], "rejected": [f"bad {j}" for j in range(3)]}
+
+
+def row(n, **more):
+    return {"id": f"r{n}", "task": "text", "prompt": "What?", "label": "AB"[n % 2],
+            "responses": ["good", "bad"][::1 - 2 * (n % 2)]} | more
+
+
+def sharegpt(id, video):
+    return {"id": id, "video": video, "prompt": "<video>\nWhat?", "chosen": "good",
+            "rejected": "bad"}
+
+
+# ------------------------------------------------------------------------------------ hand-worked
+def test_vl_rewardbench(run):
+    """kills: groups by query_source; 'hallucination_...' in general; null left out of the mean; a
+    missing row left out; human_ranking read as the index of the better; macro over rows."""
+    rows = [vl("RLAIF-V-3"), vl("RLHF-V-1", 1), vl("hallucination_pair-7", 1),
+            vl("wildvision-battle_2"), vl("mmmu_val_1"), vl("mathverse_4", 1), vl("mathverse_4"),
+            vl("svit-9"), vl("RLAIF-V-4")]
+    data = write("data.json", rows)
+    preds = [{"id": "RLAIF-V-3", "pred": "A"}, {"id": "RLHF-V-1", "pred": "B"},
+             {"id": "hallucination_pair-7", "pred": None},
+             {"id": "wildvision-battle_2", "pred": "B"}, {"id": "mmmu_val_1", "pred": "A"},
+             {"id": "mathverse_4", "row": 5, "pred": "B"},
+             {"id": "mathverse_4", "row": 6, "pred": "B"}, {"id": "svit-9", "pred": "A"}]
+    got = scored(run, "vl_rewardbench", data, preds, "--grouping", "all")
+    assert got["groups"] == {"hallucination": 2 / 4, "general": 1 / 2, "reasoning": 2 / 3}
+    assert got["overall"] == 5 / 9 and got["macro"] == pytest.approx((1 / 2 + 1 / 2 + 2 / 3) / 3)
+    assert (got["n"], got["missing"], got["unparsable"]) == (9, 1, 1 / 8)
+    assert got["group_n"] == {"hallucination": 4, "general": 2, "reasoning": 3}
+    official, unified, r1 = got["groupings"].values()
+    assert [("wrong" in name) for name in got["groupings"]] == [False, True, True]
+    assert unified["group_n"] == {"hallucination": 3, "general": 3, "reasoning": 3}
+    assert r1["group_n"] == {"hallucination": 1, "general": 5, "reasoning": 3}
+    assert r1["groups"]["general"] == 3 / 5
+    assert official["macro"] == got["macro"] and official["groups"] == got["groups"]
+
+
+def test_public_sizes_of_the_groups():
+    """The prefixes as counted in the published file. kills: a case-folded R1 rule."""
+    ids = {"RLAIF-V-": 233, "RLHF-V-": 68, "hallucination_pair-": 448, "mathverse_": 167,
+           "mmmu_": 151, "wildvision-battle_": 173, "jailbreak-": 7, "LRVInstruction-": 1,
+           "politics-": 1, "svit-": 1}
+    sizes = [[sum(n for p, n in ids.items() if group(p + "1") == g)
+              for g in ("general", "hallucination", "reasoning")]
+             for group in ev.GROUPINGS.values()]
+    assert sizes == [[183, 749, 318], [631, 301, 318], [484, 448, 318]]
+
+
+def test_multimodal_rewardbench(run):
+    """kills: macro as overall; 'math' by category; MSRL's Other pooled over rows."""
+    kinds = [("nocaps_1", "open_generation/correctness_task", 1), ("mmmu-s_1", "knowledge", 2),
+             ("nocaps_2", "open_generation/correctness_task", 2), ("mathvista_1", "reasoning", 1),
+             ("visitbench_1", "open_generation/preference_task", 1), ("pairs_1", "safety", 1),
+             ("EMMA-Coding_1", "reasoning", 1), ("image2struct_5", "reasoning", 2),
+             ("hateful_1", "safety", 2), ("SEED-Bench_1", "vqa", 1), ("MMBench_1", "vqa", 1),
+             ("RealworldQA_1", "vqa", 1)]
+    data = write("all_data.json", [multimodal(*k) for k in kinds])
+    got = scored(run, "multimodal_rewardbench", data,
+                 [{"id": k[0], "pred": p} for k, p in zip(kinds, "ABAAAABBAABB")])
+    columns = {"correctness": 1 / 2, "preference": 1, "knowledge": 1, "math": 1, "coding": 1 / 2,
+               "safety": 1 / 2, "vqa": 1 / 3}
+    assert got["overall"] == 7 / 12 and got["macro"] == pytest.approx(sum(columns.values()) / 7)
+    other = (1 / 2 + 1 + 1 + 1 / 2) / 4
+    assert got["groups"] == pytest.approx(columns | {
+        "safety/bias": 1, "safety/toxicity": 0, "MSRL other": other,
+        "MSRL avg.": (1 + 1 / 2 + 1 / 3 + other) / 4})
+
+
+def test_mm_rlhf_rewardbench(run):
+    """kills: Acc+ as the mean of the prompts' accuracies; Acc+ over pairs; ids taken for rows; a
+    tie of scores as half; macro as overall."""
+    rows = [mm_rlhf(*x) for x in (("a",), ("a",), ("b", "long"), ("b", "long"), ("b", "long"),
+                                  ("c", "video"), ("d", "safety"))]
+    scores = [(2, 1), (3, -1), (1, 0), (0, 1), (2, 0), (1, 0), (1, 1)]
+    preds = [{"id": r["id"], "row": n, "score_a": a, "score_b": b}
+             for n, (r, (a, b)) in enumerate(zip(rows, scores))]
+    got = scored(run, "mm_rlhf_rewardbench", write("mm_reward_bench.jsonl", rows), preds)
+    assert got["overall"] == 5 / 7 and got["macro"] == pytest.approx((1 + 2 / 3 + 1 + 0) / 4)
+    assert got["groups"] == pytest.approx({"mcq": 1, "long": 2 / 3, "video": 1, "safety": 0,
+                                           "Acc+": 2 / 4})
+    assert got["group_n"]["Acc+"] == 4 and got["unparsable"] == 1 / 7
+
+
+def test_acc_plus_takes_each_order_as_a_pass():
+    """kills: a pair's mean over orders taken first; the better order; a tied vote as right."""
+    votes = {0: ("A", "B"), 1: ("B", "A"),   # each right once, never both in one pass: 0
+             2: ("A", "B"), 3: ("A", "B"),   # both right in the first pass: 1/2
+             4: ("AB", "A"), 5: ("AB", "A"),  # tied votes in the first pass: (1/4 + 1) / 2
+             6: ("A", None), 7: ("B", None)}  # judged once: the same in both passes: 0
+    rows = [{"id": str(k), "row": k, "label": "A", "part": "mcq", "weight": 1, "cluster": k // 2}
+            for k in votes]
+    preds = [{"at": k, "order": o, "sample": n, "pred": v} for k, both in votes.items()
+             for o, some in zip(("AB", "BA"), both) for n, v in enumerate(some or ())]
+    got = ev.score(rows, preds, "mm_rlhf_rewardbench")[0]
+    assert got["groups"]["Acc+"] == (0 + 1 / 2 + 5 / 8 + 0) / 4
+
+
+def test_genai_bench(run):
+    """kills: ties dropped from the 4-way figure; bothbad taken for tie in it; ties in 'no tie'."""
+    votes = ["leftvote", "rightvote", "rightvote", "tievote", "tievote", *["bothbad_vote"] * 2]
+    preds = ["A", "A", "tie", "tie", "bothbad", "same", "B"]
+    for kind, name in (("image", "genai_image"), ("video", "genai_video")):
+        got = scored(run, name, write("d.json", [genai(v, kind) for v in votes]),
+                     [{"id": str(n), "pred": p} for n, p in enumerate(preds)])
+        assert got["groups"] == {"4-way": 3 / 7, "3-way": 4 / 7, "no tie": 1 / 3}
+        assert got["overall"] == 3 / 7 and got["n"] == 7 and got["group_n"]["no tie"] == 3
+    old = [{"id": "x7", "prompt": "p", "video_left": "l.mp4", "video_right": "r.mp4",
+            "vote_type": "leftvote"}]
+    got = scored(run, "genai_video", write("d.json", old), [{"id": "x7", "pred": "A"}])
+    assert got["overall"] == 1
+
+
+def test_videogen_rewardbench(run):
+    """kills: rows without Overall counted; blanks in it; a dimension's label for Overall; predicted
+    ties left out of the mean; 'same' rows in the no-tie figure."""
+    overall = ["A", " B ", "same", "", "A", "B"]
+    with open("videogen-rewardbench.csv", "w", newline="") as f:
+        out = csv.DictWriter(f, videogen("A"))
+        out.writeheader()
+        out.writerows(map(videogen, overall))
+    preds = [{"id": str(n), "pred": p} for n, p in enumerate(["A", "B", "same", "A", "tie", "A"])]
+    got = scored(run, "videogen_rewardbench", ".", preds)
+    assert got["overall"] == got["groups"]["no tie"] == 2 / 4 and got["n"] == 4
+    assert got["groups"]["with ties"] == 3 / 5 and got["group_n"]["with ties"] == 5
+
+
+def test_with_ties_finds_the_best_threshold():
+    """Against trying every threshold. kills: equal differences split; thresholds at rows of one
+    label only; the sign of the difference forgotten."""
+    rng = random.Random(0)
+    for n in (1, 2, 7, 30):
+        rows = [{"label": rng.choice(["A", "B", "same"])} for _ in range(n)]
+        margins = [rng.randrange(-4, 5) / 2 for _ in range(n)]
+        judged = [{"AB": [{"score_a": m, "score_b": 0.0}]} for m in margins]
+        slow = max(sum(r["label"] == ("same" if abs(m) <= t else "A" if m > 0 else "B")
+                       for r, m in zip(rows, margins)) / n for t in [0, *map(abs, margins)])
+        assert ev.with_ties(rows, None, judged, range(n)) == slow
+
+
+def test_rewardbench(run):
+    """The official sum: a section is sum(accuracy * published count) / sum(count), math-prm 984.
+    kills: rows pooled; math-prm weighted 447; sections weighted by size."""
+    rng = random.Random(1)
+    subsets = {"alpacaeval-easy": 3, "mt-bench-med": 2, "llmbar-natural": 4, "donotanswer": 2,
+               "xstest-should-respond": 3, "math-prm": 5, "hep-cpp": 2, "hep-rust": 3}
+    rows, preds, right = [], [], {}
+    for subset, n in subsets.items():
+        for _ in range(n):
+            pred = rng.choice("AAB")
+            rows.append(rewardbench(len(rows), subset))
+            preds.append({"id": rows[-1]["id"], "pred": pred})
+            right.setdefault(subset, []).append(pred == "A")
+    sections = {}
+    for section, counts in {"Chat": {"alpacaeval-easy": 100, "mt-bench-med": 40},
+                            "Chat Hard": {"llmbar-natural": 100},
+                            "Safety": {"donotanswer": 136, "xstest-should-respond": 250},
+                            "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-rust": 164}
+                            }.items():
+        total = sum(c * sum(right[s]) / len(right[s]) for s, c in counts.items())
+        sections[section] = total / sum(counts.values())
+    got = scored(run, "rewardbench", write("filtered.json", rows), preds)
+    assert got["groups"] == pytest.approx(sections)
+    assert (got["overall"], got["macro"]) == pytest.approx((sum(sections.values()) / 4,) * 2)
+    assert sum(sum(c.values()) for c in ev.SECTIONS.values()) - 984 + 447 == 2985
+
+
+@pytest.mark.parametrize("form", ["scores", "pairs"])
+def test_rm_bench(run, form):
+    """kills: hard and easy exchanged; the two safety domains apart; items pooled over domains;
+    equal scores as right."""
+    rng = random.Random(2)
+    domains = ["chat"] * 2 + ["code"] * 3 + ["math"] + ["safety-refuse"] * 2 + ["safety-response"]
+    rows = [rm_bench(f"{d}/{n}", d) for n, d in enumerate(domains)]
+    scores = [[[rng.randrange(4) for _ in range(3)] for _ in "cr"] for _ in rows]
+    if form == "scores":
+        preds = [{"id": r["id"], "chosen": c, "rejected": w} for r, (c, w) in zip(rows, scores)]
+    else:
+        preds = [{"id": r["id"], "i": i, "j": j, "pred": "A" if c[i] > w[j] else "B"}
+                 for r, (c, w) in zip(rows, scores) for i in range(3) for j in range(3)]
+    cells = {"easy": [(1, 0), (2, 0), (2, 1)], "normal": [(0, 0), (1, 1), (2, 2)],
+             "hard": [(0, 1), (0, 2), (1, 2)]}
+    by_domain = {}
+    for d, (c, w) in zip(domains, scores):
+        by_domain.setdefault(d.split("-")[0], []).append(
+            {k: sum(c[i] > w[j] for i, j in v) / 3 for k, v in cells.items()})
+    table = {d: {k: sum(s[k] for s in some) / len(some) for k in cells}
+             for d, some in by_domain.items()}
+    expected = {d: sum(t.values()) / 3 for d, t in table.items()}
+    overall = sum(expected.values()) / 4
+    expected |= {k: sum(t[k] for t in table.values()) / 4 for k in cells}
+    got = scored(run, "rm_bench", write("total_dataset.json", rows), preds)
+    assert got["groups"] == pytest.approx(expected)
+    assert (got["overall"], got["macro"], got["n"]) == pytest.approx((overall, overall, 9))
+    hard = (got["matrix"][0][1] + got["matrix"][0][2] + got["matrix"][1][2]) / 3
+    assert hard == pytest.approx(expected["hard"])
+
+
+def test_sharegpt_video_holds_out_whole_videos():
+    """kills: a coin of the row."""
+    rows = [sharegpt(f"q{n}", f"v{n % 300}") for n in range(900)]
+    got = ev.read_benchmark("sharegpt_video", write("sft_dpo_17k.jsonl", rows))
+    held = {r["cluster"] for r in got if r["weight"]}
+    assert 15 <= len(held) <= 50 and sum(bool(r["weight"]) for r in got) == 3 * len(held)
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="no published files here")
+def test_published_files(run):
+    """Two real files, whole."""
+    rows = [json.loads(line) for line in open(DATA / "mm_rlhf_reward_bench.jsonl")]
+    preds = [{"id": r["id"], "row": n, "order": o, "pred": p} for n, r in enumerate(rows)
+             for o, p in (("AB", "A"), ("BA", "B"))]
+    got = scored(run, "mm_rlhf_rewardbench", DATA / "mm_rlhf_reward_bench.jsonl", preds)
+    assert got["group_n"] == {"mcq": 42, "short": 34, "long": 37, "safety": 32, "video": 25,
+                              "Acc+": 46}
+    assert set(got["groups"].values()) == {0.5} and got["order_flips"] == got["share_a"] == 1
+    items = json.loads((DATA / "rm_bench_chat.json").read_text())
+    preds = [{"id": r["id"], "chosen": [3, 2, 1], "rejected": [0, 2, 4]} for r in items]
+    got = scored(run, "rm_bench", DATA / "rm_bench_chat.json", preds)
+    assert got["n"] == 129 and got["matrix"] == [[1, 1, 0], [1, 0, 0], [1, 0, 0]]
+    assert got["groups"] == pytest.approx({"chat": 4 / 9, "easy": 2 / 3, "normal": 1 / 3,
+                                           "hard": 1 / 3})
+
+
+def test_row_counts_are_checked(run, capsys):
+    data = write("data.json", [vl("RLAIF-V-3")])
+    ev.read_benchmark("vl_rewardbench", data)
+    assert "1 rows; vl_rewardbench as published has 1250 or 1247" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- the general machinery
+def random_preds(rng, rows, votes, orders=("AB", "BA")):
+    return [{"at": n, "id": r["id"], "row": n, "order": o, "sample": k, "text": "",
+             "pred": rng.choice(["A", "A", "B", None])} for n, r in enumerate(rows)
+            for o in orders for k in range(votes)]
+
+
+def plain(n, **more):
+    return [{**row(k), "row": k, "part": "text", "weight": 1, "cluster": f"row {k}", **more}
+            for k in range(n)]
+
+
+@pytest.mark.parametrize("votes", [1, 2, 5])
+def test_plain_rows_as_the_stages_count_them(votes):
+    """kills: everything in which score() and common.summarize() could part."""
+    rows = plain(23)
+    preds = random_preds(random.Random(votes), rows, votes)
+    got, slow = ev.score(rows, preds)[0], common.summarize(rows, preds)
+    for key, value in slow.items():
+        assert got[key] == pytest.approx(value), key
+    if votes > 1:
+        assert got["vote"][str(votes)] == pytest.approx(got["overall"])
+
+
+def test_votes_are_expected_over_all_subsets():
+    """kills: one draw; with replacement; a tie as wrong; an unparsable vote as wrong."""
+    for votes in (["A", "B", "A", None, "B"], ["B", "B", None, None, "A"], ["A"] * 3 + ["B"] * 3):
+        right, wrong = votes.count("A"), votes.count("B")
+        for k in range(1, len(votes) + 1):
+            subsets = list(itertools.combinations(votes, k))
+            vote = [(s.count("A") > s.count("B")) + 0.5 * (s.count("A") == s.count("B") > 0)
+                    for s in subsets]
+            some = sum("A" in s for s in subsets) / len(subsets)
+            assert ev.vote_at(right, wrong, len(votes), k) == pytest.approx(sum(vote) / len(vote))
+            assert ev.any_at(right, wrong, len(votes), k) == pytest.approx(some)
+
+
+def test_vote_curves_average_orders_and_rows():
+    """kills: votes of both orders pooled; a missing sample drawn from those there."""
+    rows = plain(2)
+    votes = {(0, "AB"): "AAB", (0, "BA"): "BBB", (1, "AB"): "BA"}
+    preds = [{"at": n, "order": o, "sample": k, "pred": v, "text": ""}
+             for (n, o), some in votes.items() for k, v in enumerate(some)]
+    got = ev.score(rows, preds)[0]
+    # k = 2: AAB -> pairs AA, AB, AB; BA and a vote for nobody -> BA, B-, A- with label B
+    first, second = ((1 + 0.5 + 0.5) / 3 + 0) / 2, (0.5 + 1 + 0) / 3
+    assert got["vote"]["2"] == pytest.approx((first + second) / 2)
+    assert got["any"]["2"] == pytest.approx(((1 + 0) / 2 + 2 / 3) / 2)
+
+
+def test_soft_votes():
+    """kills: the share of hard votes; one order; no verdict as half."""
+    rows = plain(4)  # labels A B A B
+    scores = {0: [0.6, 0.6, 0.05], 1: [0.9, 0.3, 0.2], 2: [0.8, 0.2, 0.5]}
+    preds = [{"at": n, "order": "AB", "sample": k, "pred": ev.larger(a, 1 - a), "score_a": a,
+              "score_b": 1 - a, "text": ""}
+             for n, some in scores.items() for k, a in enumerate(some)]
+    preds.append({"at": 3, "order": "AB", "sample": 0, "pred": None, "text": ""})
+    assert ev.score(rows, preds)[0]["soft"] == (0 + 1 + 0.5 + 0) / 4
+
+
+def test_position_bias_has_no_soft_vote():
+    rows = plain(3)
+    preds = [{"at": n, "order": o, "sample": 0, "pred": "AB"[o == "BA"], "text": "",
+              "score_a": s if o == "AB" else 1 - s, "score_b": 1 - s if o == "AB" else s}
+             for n in range(3) for o in ("AB", "BA") for s in (0.7 + n / 10,)]
+    assert ev.score(rows, preds)[0]["soft"] == 0.5
+
+
+@pytest.mark.parametrize("kind", ["plain", "clusters", "weights"])
+def test_the_interval_covers(kind):
+    """The true accuracy lies in 95 % of the intervals. Clusters: questions of five rows that share
+    most of their luck. Weights: sections of unequal size, weight and difficulty, both orders.
+    kills: n as it is (clusters: about 70 %); Kish over rows only (weights)."""
+    rng, hits, runs = random.Random(3), 0, 400
+    rows = plain(120)
+    for k, r in enumerate(rows):
+        if kind == "clusters":
+            r["cluster"] = k // 5
+        if kind == "weights":
+            r["weight"] = 6 if k % 6 == 0 else 1
+    truth = 0.7 if kind != "weights" else (20 * 6 * 0.6 + 100 * 0.95) / 220
+    for _ in range(runs):
+        luck = [rng.random() for _ in rows]
+        preds = []
+        for k, r in enumerate(rows):
+            u = luck[k // 5] if kind == "clusters" and rng.random() < 0.9 else rng.random()
+            easy = 0.7 if kind != "weights" else 0.6 if k % 6 == 0 else 0.95
+            preds.append({"at": k, "order": "AB", "sample": 0, "text": "",
+                          "pred": r["label"] if u < easy else "AB"[r["label"] == "A"]})
+        low, high = ev.score(rows, preds)[0]["interval"]
+        hits += low <= truth <= high
+    assert 0.92 <= hits / runs <= 0.99
+
+
+def test_paired_comparison(run):
+    """McNemar's exact p and the paired interval by hand. kills: the one-sided p; an interval as of
+    two independent samples; second - first."""
+    rows = [row(n) for n in range(40)]
+    other = {"A": "B", "B": "A"}
+    first = [{"id": r["id"], "pred": r["label"] if n >= 4 else other[r["label"]]}
+             for n, r in enumerate(rows)]
+    second = [{"id": r["id"], "pred": r["label"] if n < 3 or n >= 12 else other[r["label"]]}
+              for n, r in enumerate(rows)]
+    got = run("--score", write("a.jsonl", first), write("b.jsonl", second), "--data",
+              write("rows.jsonl", rows), "--json")
+    # only the first is right on rows 4..11, only the second on 0..2
+    p = 2 * sum(math.comb(11, k) for k in range(4)) / 2 ** 11
+    d = [1] * 8 + [-1] * 3 + [0] * 29
+    mean = sum(d) / 40
+    half = 1.96 * math.sqrt(sum((x - mean) ** 2 for x in d) / 39 / 40)
+    assert got["mcnemar_p"] == pytest.approx(p) and got["difference"] == pytest.approx(5 / 40)
+    assert got["interval"] == pytest.approx([mean - half, mean + half])
+    assert (got["first_better"], got["second_better"]) == (8, 3)
+    assert got["first"]["overall"] == 36 / 40 and got["second"]["overall"] == 31 / 40
+
+
+@pytest.mark.parametrize("preds, says", [
+    ([{"id": "r0", "pred": "A"}, {"id": "zz", "pred": "A"}], "preds.jsonl:2: .*'zz'.* fits 0 rows"),
+    ([{"id": "twin", "pred": "A"}], "fits 2 rows.*\"row\""),
+    ([{"id": "r0", "row": 1, "pred": "A"}], "id 'r0', row 1 fits 0"),
+    ([{"id": "r0", "pred": "A"}, {"id": "r0", "pred": "B"}], "second verdict.*preds.jsonl:1"),
+    ([{"id": "r0", "pred": "C"}], "pred 'C'"), ([{"id": "r0"}], "pred 'missing'"),
+    ([{"id": "r0", "order": "A", "pred": "A"}], "order 'A'"), (["A"], "not a JSON object"),
+    ([{"id": "r0", "score_a": 1}], "only one of the two"), ([], "holds no predictions")])
+def test_bad_predictions_are_named(run, preds, says):
+    rows = [row(0), row(1), row(2, id="twin"), row(3, id="twin")]
+    with pytest.raises(SystemExit, match=says):
+        scored(run, "rows", write("rows.jsonl", rows), preds)
+
+
+@pytest.mark.parametrize("benchmark, data, says", [
+    ("vl_rewardbench", [vl("a", human_ranking=[1, 1])], "human_ranking"),
+    ("vl_rewardbench", [{"id": "a"}], "published form.*KeyError"),
+    ("genai_image", [genai("leftvote") | {"vote_type": "left"}], "vote_type 'left'"),
+    ("rewardbench", [rewardbench(1, "pku-better")], "of no section"),
+    ("rm_bench", [rm_bench("a", "chat") | {"chosen": ["a"]}], "three styles"),
+    ("multimodal_rewardbench", [multimodal("a", "vqa", 3)], "Output3"),
+    ("mm_rlhf_rewardbench", [mm_rlhf("a", "elsewhere")], "elsewhere")])
+def test_bad_benchmark_rows_are_named(run, benchmark, data, says):
+    with pytest.raises(SystemExit, match=says):
+        scored(run, benchmark, write("data.json", data), [{"id": "a", "pred": "A"}])
+
+
+# ---------------------------------------------------------------------------------------- judging
+class Judge:
+    """Stands for model, encoder and sample_group: say(prompt, vote) -> answer text."""
+    special_tokens, image_token_id = (), None
+
+    def __init__(self, monkeypatch, say, stop_after=None):
+        self.say, self.stop_after, self.prompts = say, stop_after, []
+        def load(folders, args, device):
+            self.style = args.style
+            return [(torch.nn.Linear(1, 1), self)]
+        monkeypatch.setattr(ev, "load_judge", load)
+        monkeypatch.setattr(ev, "sample_group", self.sample)
+
+    def check(self, row, form):
+        for m in row["media"]:
+            common.open_video(m, 2) if row["task"].startswith("video") else common.open_image(m)
+        assert self(row, form)
+        return len(row["prompt"])
+
+    def __call__(self, row, form):
+        return common.render(row, form, self.style)
+
+    def sample(self, model, encoder, prompts, votes, temperature, max_new_tokens, generator):
+        if self.stop_after is not None and len(self.prompts) >= self.stop_after:
+            raise KeyboardInterrupt
+        self.prompts += prompts
+        texts = [self.say(p, k) for p in prompts for k in range(votes)]
+        return SimpleNamespace(ids=texts, logp=[[math.log(0.9)] * len(t) for t in texts])
+
+    def decode(self, ids):
+        return ids
+
+
+def thinks(side):
+    return f"<think>\nFeedback:\nfine\n</think>\n<answer>\n{side}\n</answer>"
+
+
+def finds_good(prompt, vote):
+    """Anti-symmetric: it names the side on which "good" is, wherever shown."""
+    return thinks("A" if prompt.rindex("good") < prompt.rindex("bad") else "B")
+
+
+def picture(path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 30), "red").save(path)
+
+
+def publish(name):
+    """A small benchmark in its published form, media included. -> folder"""
+    folder = Path(name)
+    picture(folder / "images" / "i.png")
+    picture(folder / "images" / "v" / "c01_0001.png")
+    if name == "vl_rewardbench":
+        picture(folder / "images" / "RLHF-V-1.png")
+        rows = [vl("mmmu_1", b) for b in (0, 1)] + [vl("RLHF-V-1"), vl("svit-1", 1)]
+        del rows[2]["image"]
+        write(folder / "data.json", rows)
+    elif name == "multimodal_rewardbench":
+        write(folder / "data" / "all_data.json", [multimodal(f"{k}_{b}", k, b) for k in
+                                                  ("vqa", "safety", "reasoning") for b in (1, 2)])
+        picture(folder / "data" / "images" / "i.png")
+    elif name == "mm_rlhf_rewardbench":
+        write(folder / "mm_reward_bench.jsonl", [mm_rlhf("a"), mm_rlhf("a"), mm_rlhf("b", "video")])
+    elif name in ("genai_image", "genai_video"):
+        kind, rows = name.removeprefix("genai_"), []
+        for vote in ("leftvote", "rightvote", "tievote", "bothbad_vote"):
+            rows.append(genai(vote, kind))
+        (folder / f"{kind}_generation" / "videos").mkdir(parents=True)
+        if kind == "image":  # the images are inside the rows, as on the hub
+            for r in rows:
+                for side in ("left", "right"):
+                    buffer = io.BytesIO()
+                    Image.new("RGB", (20, 10), "blue").save(buffer, "PNG")
+                    r[f"{side}_image"] = {"bytes": buffer.getvalue(), "path": None}
+        for r in rows if kind == "video" else ():
+            for side in ("left", "right"):  # as URLs; the files lie in videos/
+                toy_world.write_mp4(folder / "video_generation" / "videos" / r[f"{side}_video"],
+                                    toy_world.film(random.Random(0), {
+                                        "mover": "red disc", "start": "left", "end": "top"}))
+                r[f"{side}_video"] = "https://host/x/" + r[f"{side}_video"]
+        datasets.Dataset.from_list(rows).to_parquet(
+            str(folder / f"{kind}_generation" / "test_v1-00000-of-00001.parquet"))
+    elif name == "videogen_rewardbench":
+        for p in "ab":
+            picture(folder / "videos" / f"{p}.mp4" / "0.png")  # a folder of frames is a video too
+        with open(folder / "videogen-rewardbench.csv", "w", newline="") as f:
+            out = csv.DictWriter(f, videogen("A"))
+            out.writeheader()
+            out.writerows(map(videogen, ["A", "B", "same", "A", ""]))
+    elif name == "sharegpt_video":
+        picture(folder / "v5" / "0.png")
+        videos = [v for v in (f"v{n}" for n in range(99)) if ev.held_out(v)][:2]
+        for v in videos:
+            picture(folder / v / "0.png")
+        write(folder / "sft_dpo_17k.jsonl", [sharegpt(n, v) for n, v in enumerate(["zz", *videos])])
+    elif name == "rewardbench":
+        write(folder / "filtered.jsonl", [rewardbench(n, s) for n, s in enumerate(
+            ["math-prm", "hep-cpp", "donotanswer", "mt-bench-hard"])])
+    elif name == "rm_bench":
+        write(folder / "total_dataset.json", [rm_bench(f"{d}/1", d) for d in ("chat", "math")])
+    else:
+        folder = write("rows.jsonl", [row(n) for n in range(6)])
+    return folder
+
+
+JUDGED = {"vl_rewardbench": 4, "multimodal_rewardbench": 6, "mm_rlhf_rewardbench": 3,
+          "genai_image": 2, "genai_video": 2, "videogen_rewardbench": 3, "sharegpt_video": 2,
+          "rewardbench": 4, "rm_bench": 18, "rows": 6}
+
+
+@pytest.mark.parametrize("name", list(ev.BENCHMARKS))
+def test_every_benchmark_is_judged_in_place(name, run, monkeypatch):
+    """Both orders of every row, media found where the archives put them. A constant "A" gets 50 %
+    in every column; a judge that finds the good one gets all of those that have it.
+    kills: one order; the verdict taken as shown; the better one always first."""
+    folder = publish(name)
+    judge = Judge(monkeypatch, lambda prompt, vote: thinks("A"))
+    got = run("--model", "m", "--benchmark", name, "--data", folder, "--json", "--out", "a.jsonl")
+    assert len(judge.prompts) == 2 * JUDGED[name]
+    columns = {k: v for k, v in got["groups"].items() if k not in ("4-way", "3-way", "with ties")}
+    assert list(columns.values()) == pytest.approx([0.5] * len(columns))
+    assert got["order_flips"] == 1
+    ties = name.startswith("genai")  # of four rows two are ties, which nobody who says A or B gets
+    assert got["overall"] == (0.25 if ties else pytest.approx(0.5))
+    assert got["share_a"] == 1 and (got["macro"] == pytest.approx(got["overall"]))
+    again = run("--score", "a.jsonl", "--benchmark", name, "--data", folder, "--json")
+    assert again == {**got, "model": "a.jsonl"}  # one evaluator, one number
+    if "gen" in name:
+        return  # the better image or video is told by no word
+    Judge(monkeypatch, finds_good)
+    got = run("--model", "m", "--benchmark", name, "--data", folder, "--json")
+    assert (got["overall"], got["order_flips"], got["share_a"]) == (pytest.approx(1), 0, 0.5)
+
+
+def test_a_killed_run_goes_on(run, monkeypatch):
+    """Nothing is judged twice, a line cut in the middle and votes of half a row are judged again.
+    kills: --out overwritten; the cut line kept; rows of other settings mixed in."""
+    data = write("rows.jsonl", [row(n, prompt="What?" * (n + 1)) for n in range(9)])
+    command = ["--model", "m", "--data", data, "--out", "o.jsonl", "--json", "--batch_size", 2,
+               "--votes", 3]
+    say = lambda prompt, vote: thinks("A" if vote else "B")
+    first = Judge(monkeypatch, say, stop_after=6)
+    with pytest.raises(KeyboardInterrupt):
+        run(*command)
+    lines = Path("o.jsonl").read_text().splitlines()
+    assert len(first.prompts) == 6 and len(lines) == 18
+    Path("o.jsonl").write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])
+    second = Judge(monkeypatch, say)
+    got = run(*command)
+    assert len(second.prompts) == 18 - 5 and not set(second.prompts) & set(first.prompts[:5])
+    assert len(Path("o.jsonl").read_text().splitlines()) == 54
+    Judge(monkeypatch, say)
+    whole = run(*command[:4], "--votes", 3, "--json")
+    assert whole == got and got["overall"] == 0.5
+    third = Judge(monkeypatch, say)
+    assert run(*command) == got and not third.prompts
+    with pytest.raises(SystemExit, match="style 'msrl' -> 'r1'"):
+        run(*command, "--style", "r1")
+
+
+def test_what_cannot_be_shown_is_wrong(run, monkeypatch):
+    """kills: over-long or broken rows left out of n."""
+    data = write("v/data.json", [vl("mmmu_1"), vl("mmmu_2", query="w" * 99),
+                                 vl("mmmu_3", image="no.png")])
+    picture("v/images/i.png")
+    Judge(monkeypatch, finds_good)
+    command = ["--model", "m", "--benchmark", "vl_rewardbench", "--data", data, "--json",
+               "--max_prompt_tokens", 50]
+    with pytest.raises(SystemExit, match=r"row 2 \(mmmu_3\).*no.png does not exist"):
+        run(*command)
+    got = run(*command, "--skip_bad_rows")
+    assert (got["overall"], got["n"], got["missing"]) == (1 / 3, 3, 2)
+
+
+def test_r1_style(run, monkeypatch):
+    """Digits, strictly. kills: letters read as digits; 2 read as A; A/B prompts; MSRL's parser."""
+    for text, side in (("1", "A"), (" 2\n", "B"), ("A", None), ("12", None), ("3", None)):
+        answer = f"<think>x</think><answer>{text}</answer>"
+        assert common.parse(answer, "r1").verdict == side
+        assert common.parse(answer).verdict == ("A" if text == "A" else None)
+    judge = Judge(monkeypatch, lambda prompt, vote: "<think>x</think><answer>" + (
+        "1" if prompt.index("good") < prompt.index("bad\n") else "2") + "</answer>")
+    data = write("rows.jsonl", [row(n) for n in range(4)])
+    assert run("--model", "m", "--data", data, "--style", "r1", "--json")["overall"] == 1
+    assert "[Response 2]:" in judge.prompts[0] and "Chatbot" not in judge.prompts[0]
+    with pytest.raises(SystemExit, match="has no prompt"):
+        picture("g/l.png")
+        run("--model", "m", "--style", "r1", "--data", write("g/rows.jsonl", [
+            row(0, task="image_generation", responses=None, media=["l.png"] * 2)]))
+
+
+def test_the_soft_vote_is_the_probability_of_the_letter():
+    """With the real tokenizer: the log-prob of exactly the token that holds the verdict. kills: the
+    token before or after; the first "A" of the text."""
+    encoder = common.load(toy_world.PREBUILT)[1]
+    for side in "AB":
+        text = f"<think>\nResponse A is better .\n</think>\n<answer>\n{side}\n</answer>"
+        ids = encoder.answer_ids(text)
+        logps = [-0.001 * (t + 1) for t in range(len(ids))]
+        at = [t for t in range(len(ids)) if encoder.decode(ids[:t]).endswith("<answer>\n")][0]
+        assert encoder.tokenizer.decode(ids[at:at + 1]).strip() == side
+        got = ev.answer_probability(encoder.decode(ids), ids, logps, encoder)
+        assert got == pytest.approx(math.exp(logps[at]), rel=1e-6)
+
+
+def test_votes_and_orders_of_a_real_model(run):
+    """The toy backbone judges for real: K votes an order, probabilities beside the verdicts."""
+    data = write("rows.jsonl", [row(n, prompt="ann red disc . colour of ann ?") for n in range(2)])
+    got = run("--model", toy_world.PREBUILT, "--data", data, "--votes", 2, "--out", "o.jsonl",
+              "--json", "--max_new_tokens", 120)
+    preds = [json.loads(line) for line in open("o.jsonl")]
+    assert [(p["row"], p["order"], p["sample"]) for p in preds] == list(
+        itertools.product(range(2), ("AB", "BA"), range(2)))
+    for p in preds:
+        assert (p["pred"] is None) == ("score_a" not in p)
+        if p["pred"]:
+            assert p["score_a"] + p["score_b"] == pytest.approx(1)
+    assert got["vote"].keys() == {"1", "2"}
+
+
+# ----------------------------------------------------------------------------------------- ranking
+@pytest.fixture
+def reward_models(monkeypatch):
+    """Two Bradley-Terry checkpoints whose score is the number in the text, and ten times it."""
+    def load(folder, device, frames=8, max_tiles=12):
+        scale = float(Path(folder).name)
+        return torch.nn.Linear(1, 1), SimpleNamespace(special_tokens=(), scale=scale)
+
+    def number(encoder, text):
+        return encoder.scale * float(text.split()[-1])
+
+    module = SimpleNamespace(
+        load=load, score_rows=lambda model, encoder, rows, batch_size, desc: [
+            tuple(number(encoder, t) for t in r["responses"]) for r in rows],
+        score_texts=lambda model, encoder, items, batch_size, desc: [
+            number(encoder, i["response"]) for i in items])
+    monkeypatch.setitem(sys.modules, "bt_reward", module)
+    for name in ("1", "-0.5", "10"):
+        write(f"{name}/stage.json", {"stage": "bt_reward"})
+
+
+def test_reward_models_are_averaged(run, reward_models):
+    """kills: the last model alone; the sum of verdicts; equal scores as A."""
+    numbers = [(1, 2), (3, -1), (5, 5), (0, 4)]
+    rows = [row(0, id=f"r{n}", responses=[f"says {a}", f"says {b}"], label="B" if a < b else "A")
+            for n, (a, b) in enumerate(numbers)]
+    data = write("rows.jsonl", rows)
+    got = run("--model", "1", "--model", "10", "--data", data, "--out", "o.jsonl", "--json")
+    preds = [json.loads(line) for line in open("o.jsonl")]
+    assert [(p["pred"], p["score_a"], p["score_b"], p["order"]) for p in preds] == [
+        (None if a == b else "AB"[a < b], 5.5 * a, 5.5 * b, "AB") for a, b in numbers]
+    assert got["overall"] == 3 / 4 and got["unparsable"] == 1 / 4
+    assert run("--model", "-0.5", "--data", data, "--json")["overall"] == 0
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8])
+def test_the_schedule_never_repeats_a_pair(n):
+    """kills: independent random opponents; the wrong rotation; rounds as pairs."""
+    for rounds in range(1, n + 2):
+        pairs = ev.schedule(n, rounds, random.Random(rounds))
+        met = [sum(k in p for p in pairs) for k in range(n)]
+        assert len({frozenset(p) for p in pairs}) == len(pairs)
+        if rounds >= n - 1 + n % 2:
+            assert len(pairs) == n * (n - 1) // 2
+        elif n % 2 == 0:
+            assert met == [rounds] * n
+        else:
+            assert max(met) <= rounds and sum(met) == rounds * (n - 1)
+    assert len(ev.schedule(n, None, random.Random(0))) == n * (n - 1) // 2
+
+
+def test_win_rates():
+    """kills: the loser's points lost; an error of 0 after three wins of three."""
+    rewards, errors = ev.win_rates(4, [(0, 1, 1.0), (0, 2, 1.0), (1, 2, 0.5), (0, 3, 1.0)])
+    assert rewards == [1, 0.25, 0.25, 0]
+    assert errors[0] == pytest.approx(math.sqrt(4 * 1 / (5 ** 2 * 6)))
+    assert errors[1] == pytest.approx(math.sqrt(1.5 * 2.5 / (4 ** 2 * 5)))
+    assert errors[3] == pytest.approx(math.sqrt(1 * 2 / (3 ** 2 * 4)))
+
+
+def test_bradley_terry_fit():
+    """After a round robin without a prior the fitted probabilities are the win rates; with few
+    games they are those that plain gradient ascent finds, and allow for whom one met; errors agree
+    with the spread over simulated tournaments. kills: the prior forgotten; the diagonal in the
+    mean; the error of the strength in place of the reward's."""
+    rng = random.Random(4)
+    games = [(i, j, rng.random()) for i in range(5) for j in range(i + 1, 5)]
+    assert ev.bradley_terry(5, games, 1e-9)[0] == pytest.approx(ev.win_rates(5, games)[0], abs=1e-6)
+    few = [(0, 1, 1.0), (1, 2, 1.0), (3, 2, 0.5), (3, 4, 1.0)]
+    s = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([s], lr=1.0)
+    for _ in range(1500):
+        loss = 0.1 * (s ** 2).sum() / 2 - sum(w * F.logsigmoid(s[i] - s[j])
+                                              + (1 - w) * F.logsigmoid(s[j] - s[i])
+                                              for i, j, w in few)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    p = torch.sigmoid(s[:, None] - s[None]).detach()
+    slow = [(p[i].sum() - 0.5).item() / 4 for i in range(5)]
+    assert ev.bradley_terry(5, few)[0] == pytest.approx(slow, abs=1e-4)
+    assert slow[0] > slow[3] and ev.win_rates(5, few)[0][3] == 0.75  # 3 met the weak ones
+
+    strengths, draws, errors = [0.8, 0.3, 0.0, -0.4], [], []
+    for _ in range(150):
+        games = [(i, j, float(rng.random() < 1 / (1 + math.exp(strengths[j] - strengths[i]))))
+                 for _ in range(20) for i in range(4) for j in range(i + 1, 4)]
+        rewards, some = ev.bradley_terry(4, games)
+        draws.append(rewards)
+        errors.append(some)
+    spread = torch.tensor(draws).std(0)
+    assert (torch.tensor(errors).mean(0) / spread - 1).abs().max() < 0.25
+
+
+def number_judge(prompt, vote):
+    said = [float(part.split("\n")[1].split()[-1]) for part in prompt.split("Response]")[1:] if
+            part.startswith("\nsays")]
+    return thinks("A" if said[0] > said[1] else "B")
+
+
+@pytest.mark.parametrize("more, judgements", [
+    ((), 56), (("--rounds", 2), 16), (("--rounds", 2, "--aggregate", "bradley_terry"), 16)])
+def test_rank(run, monkeypatch, more, judgements):
+    """Eight candidates: 56 ordered pairs, or 8 a round. kills: one order; the verdict given to the
+    wrong candidate; the worst named best."""
+    numbers = [[3, 1, 4, 15, 9, 2, 6, 5], [2, 7, 1, 8, 28, 18, 4, 5]]
+    sets = write("c.jsonl", [{"id": k, "prompt": "Which?", "candidates": [
+        f"says {n}" for n in some]} for k, some in enumerate(numbers)])
+    judge = Judge(monkeypatch, number_judge)
+    command = ["--model", "m", "--rank", sets, "--out", "r.jsonl", *more]
+    run(*command)
+    assert len(judge.prompts) == 2 * judgements
+    for some, line in zip(numbers, map(json.loads, open("r.jsonl"))):
+        assert line["judgements"] == judgements and line["best"] == line["ranking"][0]
+        best, worst = (line["rewards"][some.index(f(some))] for f in (max, min))
+        assert best > worst and ("bradley_terry" in more or (best, worst) == (1, 0))
+        assert min(line["rewards"]) >= 0 and max(line["rewards"]) <= 1
+        assert min(line["standard_errors"]) > 0
+        if not more:
+            assert [some[k] for k in line["ranking"]] == sorted(some, reverse=True)
+            assert sorted(line["rewards"]) == pytest.approx([k / 7 for k in range(8)])
+    again = Judge(monkeypatch, number_judge)
+    run(*command)
+    assert not again.prompts  # nothing is judged twice
+
+
+def test_rank_of_a_position_bias_and_of_nonsense(run, monkeypatch):
+    """No candidate gains from its place. kills: one order; no verdict as a loss."""
+    preds = [{"row": 0, "i": 0, "j": 1, "pred": "A"}, {"row": 0, "i": 1, "j": 0, "pred": None},
+             {"row": 0, "i": 2, "j": 1, "pred": "A"}]
+    assert ev.shares_of(preds) == {(0, 0, 1): 0.75, (0, 1, 2): 0.0}
+    sets = write("c.jsonl", [{"id": 1, "prompt": "Which?", "candidates": list("abc")}])
+    for text in (thinks("A"), "Both."):
+        Judge(monkeypatch, lambda prompt, vote: text)
+        got = run("--model", "m", "--rank", sets)  # without --out it is printed
+        assert got["rewards"] == [0.5] * 3
+
+
+def test_rank_with_reward_models(run, reward_models):
+    """The mean probability of beating each other candidate; its error from the models' spread."""
+    sets = write("c.jsonl", [{"id": 1, "prompt": "Which?", "candidates": ["x 0", "x 1", "x -1"]}])
+    got = run("--model", "1", "--model", "10", "--rank", sets)
+    win = lambda d: 1 / (1 + math.exp(-d))
+    rate = lambda scale: [(win(-scale) + win(scale)) / 2, (win(scale) + win(2 * scale)) / 2]
+    assert got["rewards"][:2] == pytest.approx(rate(5.5)) and got["ranking"] == [1, 0, 2]
+    spread = abs(rate(1)[1] - rate(10)[1]) / 2  # two models: std / sqrt(2) is half the distance
+    assert got["standard_errors"][1] == pytest.approx(spread) and got["judgements"] == 3
+
+
+# ----------------------------------------------------------------------------------------- the page
+class Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.values, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.values += [(tag, k, v) for k, v in attrs]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+EVIL = ['<script>alert(1)</script>', '<img src=x onerror=alert(1)>', '"><svg onload=alert(1)>',
+        "</pre></details><iframe src='http://evil'>", "javascript:alert(1)", "&lt;b&gt; 😀"]
+
+
+def test_the_page_holds_text_as_text(run):
+    """Read back by a parser: what data says appears as text, no tag or attribute comes from it, and
+    nothing is fetched. kills: a field left unescaped; failures last."""
+    picture("images/i.png")
+    rows = [vl(f"mmmu_{n}<b>{evil}", query=evil, response=[evil, "fine"], image="images/i.png")
+            for n, evil in enumerate(EVIL)]
+    rows.append(vl("mmmu_<flip>"))
+    write("data.json", rows)
+    preds = [{"id": r["id"], "pred": "A" if n else "B", "text": evil}
+             for n, (r, evil) in enumerate(zip(rows, EVIL))]
+    preds += [{"id": "mmmu_<flip>", "order": o, "pred": p, "text": "t"} for o, p in (("AB", "A"),
+                                                                                   ("BA", "B"))]
+    write("runs/<x>/metrics.jsonl", [{"step": s, "reward": s / 7, "kl": math.nan}
+                                     for s in range(5)])
+    scored(run, "vl_rewardbench", "data.json", preds, "--report", "page.html", "--runs", "runs/<x>")
+    source = Path("page.html").read_text()
+    page = Page()
+    page.feed(source)
+    assert set(page.tags) <= set("html head meta title style body h1 h2 table tr th td p pre div b "
+                                 "svg details summary img text polyline".split())
+    assert not [v for v in page.values if v[1].startswith("on") or "javascript" in str(v[2])]
+    assert all(v.startswith("data:image/jpeg") for tag, k, v in page.values if k in ("src", "href"))
+    assert "default-src 'none'" in dict((k, v) for t, k, v in page.values if t == "meta")["content"]
+    assert all(page.text.count(evil) >= 4 for evil in EVIL)  # id, prompt, response, answer
+    assert page.tags.count("img") == len(rows) and page.tags.count("polyline") == 1
+    order = [v for tag, k, v in page.values if tag == "details"]
+    assert order[0] == "flip" and order[1] == "wrong" and set(order[2:]) == {"right"}
