@@ -339,7 +339,7 @@ TEMPLATES = {"text": _TEXT, "image_understanding": _IMAGE_UNDERSTANDING,
              "video_generation": _VIDEO_GENERATION}
 
 
-# R1-Reward, Table 1, for eval.py --style r1; the medium first, as in its evaluation, and the
+# R1-Reward, Table 1, for --style r1; the medium first, as in its evaluation, and the
 # "######" of its data. It compares two responses: there is none for generation tasks.
 _R1_STYLE = """\
 {media}You are a highly skilled and impartial evaluator tasked with comparing two responses \
@@ -397,13 +397,25 @@ _VERDICT = re.compile(r"<answer>\s*([AB])\s*</answer>")
 _TYPE = re.compile(r"<type>([^<]*)</type>")
 
 
+def as_ab(text, style):
+    """An answer in R1-Reward's style, with A and B for its 1 and 2; an A there is no verdict."""
+    return text if style == "msrl" else re.sub(
+        r"(?<=<answer>)(\s*)([12AB])(?=\s*</answer>)",
+        lambda m: m[1] + {"1": "A", "2": "B"}.get(m[2], "?"), text)
+
+
+def in_style(text, style):
+    """The other way round, for an answer that is to be learned: 1 and 2 for A and B."""
+    return text if style == "msrl" else re.sub(
+        r"(<answer>\s*|\b(?:Response|Answer|Assistant) )([AB])\b",
+        lambda m: m[1] + str("AB".index(m[2]) + 1), text)
+
+
 def parse(text, style="msrl"):
     """Strict on purpose. Released parsers search for substrings, so "Response B, not A" can be read
     either way and a policy learns to write both; here two verdicts are no verdict. Style "r1" says
     1 and 2 for A and B."""
-    if style == "r1":
-        text = re.sub(r"(?<=<answer>)(\s*)([12AB])(?=\s*</answer>)", lambda m: m[1] + {
-            "1": "A", "2": "B"}.get(m[2], "?"), text)
+    text = as_ab(text, style)
     once = all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
     said = text.rpartition("</think>")[2]  # a guess while thinking is no verdict
     stated = text.count("<answer>") == 1 == text.count("</answer>") and "<think>" not in said
@@ -1258,7 +1270,7 @@ def judge(model, encoder, rows, sample, form="pixels", votes=1, temperature=1.0,
                          temperature if votes > 1 else 0.0, max_new_tokens, generator).ids
         for n, ids in enumerate(answers):
             i, order = batches[k][n // votes]
-            text = encoder.decode(ids)
+            text = as_ab(encoder.decode(ids), encoder.style)
             verdict = parse(text).verdict
             pred = verdict and ("AB" if order == "AB" else "BA")["AB".index(verdict)]
             preds.append({"id": rows[i]["id"], "row": i, "order": order, "sample": n % votes,

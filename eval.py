@@ -980,7 +980,8 @@ def write_report(path, title, results, rows, x, preds, runs, limit):
         lines = "<tr>".join(map("".join, zip(*cells)))
         page += f"<h2>{esc(name)}</h2><table><tr>{lines}</table><p>" + ", ".join(
             f"{esc(k.replace('_', ' '))} {esc(result[k])}" for k in (
-                "interval", "order_flips", "share_a", "unparsable", "missing", "soft") if k in result)
+                "interval", "order_flips", "share_a", "unparsable", "missing", "soft")
+        if k in result)
         page += "</p>" + line_chart("accuracy against the number of votes", {
             f"{c}@k": [(int(k), v) for k, v in result.get(c, {}).items()] for c in ("vote", "any")})
     page += "<h2>Learning curves</h2>" * bool(runs) + learning_curves(runs)
@@ -1004,6 +1005,8 @@ def main():
     if args.rank:
         return rank_candidates(args)
     device = common.start_processes()
+    if args.attempts:
+        return attempts(args, device)
     rows = read_benchmark(args.benchmark, args.data, args.split, bool(args.model or args.report),
                           args.skip_bad_rows)
     if args.score:
@@ -1013,6 +1016,29 @@ def main():
                                                args.out)}
     if common.rank() == 0:
         finish(args, rows, files)
+    common.end_processes()
+
+
+def attempts(args, device):
+    """R1-Reward's difficulty: preference rows with "attempts", the number of sampled answers until
+    one is right, and K + 1 if none of K is (for --min_attempts of the stages). The order shown is a
+    coin. DEVIATION: R1-Reward samples at temperature 0, where a second try is the first."""
+    model, encoder = common.load(args.model[0], device, frames=args.frames,
+                                 max_tiles=args.max_tiles, style=args.style)
+    rows = common.load_rows(args.data, encoder, args.form, args.max_prompt_tokens,
+                            args.skip_bad_rows)
+    rows = [common.swap(r) if common.coin("attempts", args.seed, r["id"]) else r for r in rows]
+    preds = common.judge(model, encoder, rows, sample_group, args.form, args.attempts,
+                         args.temperature, args.max_new_tokens, args.batch_size, args.seed,
+                         orders=("AB",), desc="attempts")
+    for k, row in enumerate(rows):
+        right = [p["pred"] == row["label"] for p in preds[k * args.attempts:][:args.attempts]]
+        row["attempts"] = [*right, True].index(True) + 1
+        row["media"] = [os.path.abspath(m) for m in row["media"]]
+    if common.rank() == 0:
+        common.write_lines(args.out, rows)
+        print(f"{args.out}: attempts needed " + ", ".join(
+            f"{n}: {c} rows" for n, c in sorted(Counter(r["attempts"] for r in rows).items())))
     common.end_processes()
 
 
@@ -1107,6 +1133,8 @@ def arguments():
         "Figures 4-7), or 1/2 (R1-Reward, Table 1)")
     add("--votes", type=int, default=1, help="K sampled answers an order, majority wins (paper: "
         "voting@16), with vote@k and any@k for k = 1..K; 1 = one greedy answer")
+    add("--attempts", type=int, default=0, metavar="K", help="write --data to --out with the "
+        "number of sampled answers until one is right, K + 1 if none of K is (R1-Reward: 3)")
     add("--temperature", type=float, default=1.0, help="of the K sampled answers")
     add("--max_new_tokens", type=int, default=160, help="paper: 1024")
     add("--max_prompt_tokens", type=int, default=16_384, help="longer prompts are not judged, "
@@ -1133,6 +1161,8 @@ def arguments():
                      "see --help")
     if min(args.votes, args.batch_size, args.max_new_tokens, args.rounds or 1) < 1:
         parser.error("--votes, --batch_size, --max_new_tokens and --rounds must be at least 1")
+    if args.attempts and not (args.model and args.data and args.out):
+        parser.error("--attempts needs --model, --data and --out")
     if len(args.score or ()) > 2:
         parser.error("--score takes one file, or two to compare")
     return args

@@ -33,6 +33,8 @@ class Config:
     seed: int = knob(0, "of the order of rows and of sides")
     target: Literal["rationale", "label"] = knob(
         "rationale", "'rationale', or 'label': Eq. 2, the generative baseline")
+    style: Literal["msrl", "r1"] = knob("msrl", "prompt and answer: 'msrl' (A/B, Figures 4-7) or "
+                                        "'r1' (1/2, R1-Reward's Table 1; no generation rows)")
     form: Literal["pixels", "caption"] = knob("pixels", "'caption': captions in place of media")
     freeze_vision: bool = knob(True, "freeze vision tower and projector (paper: yes, text only)")
     epochs: int = knob(3, "passes over the rows (paper: 3; 1 for the label baseline)")
@@ -53,12 +55,12 @@ PAPER = dict(model="OpenGVLab/InternVL3_5-8B-HF", data="nvidia/HelpSteer3", held
              gradient_checkpointing=True)
 
 
-def target_text(row, target):
+def target_text(row, target, style="msrl"):
     """What the model learns to answer."""
     answer = f"<answer>\n{row['label']}\n</answer>"
     if target == "label":
-        return answer                                                     # w = l in Eq. 2
-    return f"<think>\n{row['rationale'].strip()}\n</think>\n{answer}"
+        return common.in_style(answer, style)                             # w = l in Eq. 2
+    return common.in_style(f"<think>\n{row['rationale'].strip()}\n</think>\n{answer}", style)
 
 
 def collate(prompts, answers, pad_id, device):
@@ -92,7 +94,7 @@ def main():
     cfg = common.parse_config(Config, __doc__, PAPER)
     device = common.start_processes(cfg.batch_size)
     state = common.open_run(cfg.out, cfg)
-    model, encoder = common.load(cfg.model, device)
+    model, encoder = common.load(cfg.model, device, style=cfg.style)
 
     limits = cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows
     rows = common.load_rows(cfg.data, encoder, *limits)
@@ -104,8 +106,8 @@ def main():
             print(f"{len(rows) - len(told)} rows without a rationale left out")
         rows = told
     heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
-    finetune(model, encoder, rows, lambda row: target_text(row, cfg.target), heldout, state, cfg,
-             stage="stage0_sft")
+    finetune(model, encoder, rows, lambda row: target_text(row, cfg.target, cfg.style), heldout,
+             state, cfg, stage="stage0_sft")
     common.end_processes()
 
 

@@ -92,6 +92,8 @@ class Config:
         "released; 'r1': R1-Reward's, with consistency of reasoning and verdict")
     referee: str = knob("rule", "who tells consistency: 'rule' (the last comparison stated) or a "
                         "checkpoint that is asked, text only (R1-Reward: Qwen2.5-VL-7B-Instruct)")
+    style: Literal["msrl", "r1"] = knob("msrl", "prompt and answer: 'msrl' (A/B, Figures 4-7) or "
+                                        "'r1' (1/2, R1-Reward's Table 1; no generation rows)")
     temperature: float = knob(1.0, "of sampling and of the scored distribution; no top-p or top-k")
     max_prompt_tokens: int = knob(1024, "longer prompts are skipped and counted, never cut")
     max_new_tokens: int = knob(112, "answers are cut here and count as truncated (paper: 512)")
@@ -368,7 +370,8 @@ def main():
     state = common.open_run(cfg.out, cfg)
 
     # ------------------------------------------------------------------------------ model and data
-    model, encoder = common.load(cfg.model, device, made_by="python stage1_text_grpo.py")
+    model, encoder = common.load(cfg.model, device, made_by="python stage1_text_grpo.py",
+                                 style=cfg.style)
     ref = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None
     if cfg.freeze_vision:
         common.freeze_vision(model)
@@ -417,7 +420,7 @@ def main():
         sampled = time.time()
 
         # 2. rewards [B, G]: the tokens we train on are the sampled ones, text is for the judge only
-        texts = [encoder.decode(ids) for ids in rollout.ids]                           # N
+        texts = [common.as_ab(encoder.decode(ids), cfg.style) for ids in rollout.ids]  # N
         owners = [row for row in batch for _ in range(cfg.group_size)]
         each = {name: torch.tensor([f(t, r) for t, r in zip(texts, owners)], dtype=torch.float64)
                 .view(-1, cfg.group_size) for name, f in functions.items()}

@@ -885,3 +885,25 @@ def test_the_page_holds_text_as_text(run):
     assert page.tags.count("img") == len(rows) and page.tags.count("polyline") == 1
     order = [v for tag, k, v in page.values if tag == "details"]
     assert order[0] == "flip" and order[1] == "wrong" and set(order[2:]) == {"right"}
+
+
+# ------------------------------------------------------------------------------------- attempts
+def test_attempts_count_until_the_first_right_answer(tmp_path, monkeypatch):
+    # kills: counted from 0, the last right one, K for never, labels of the unswapped row
+    rows = [{"id": f"r{i}", "task": "text", "prompt": f"p{i}", "responses": ["x", "y"],
+             "label": "AB"[i % 2]} for i in range(6)]
+    common.write_lines(tmp_path / "rows.jsonl", rows)
+    tries = [[1, 0, 1], [0, 1, 1], [0, 0, 0], [0, 0, 1], [1, 1, 1], [0, 1, 0]]
+
+    def judge(model, encoder, rows, *args, orders, **kwargs):
+        assert orders == ("AB",) and len({r["label"] for r in rows}) == 2
+        return [{"row": i, "pred": r["label"] if right else "AB"[r["label"] == "A"]}
+                for i, r in enumerate(rows) for right in tries[i]]
+    monkeypatch.setattr(common, "judge", judge)
+    monkeypatch.setattr(sys, "argv", [
+        "eval.py", "--model", str(toy_world.PREBUILT), "--data", str(tmp_path / "rows.jsonl"),
+        "--attempts", "3", "--out", str(tmp_path / "out.jsonl")])
+    ev.main()
+    got = [json.loads(line) for line in open(tmp_path / "out.jsonl")]
+    assert [r["attempts"] for r in got] == [1, 2, 4, 3, 1, 2]
+    assert [r["id"] for r in common.hard_rows(got, 2)] == ["r1", "r2", "r3", "r5"]

@@ -1338,6 +1338,22 @@ def test_r1_reward_is_the_papers(monkeypatch):
     assert "Response B is better" in asked[-1]
 
 
+def test_style_r1_says_1_and_2(encoder):
+    # kills: an A taken for a verdict, 2 read as A, numbers in the reasoning changed, B's left behind
+    text = "<think>\nResponse B has 2 legs.\n</think>\n<answer>\nB\n</answer>"
+    said = common.in_style(text, "r1")
+    assert said == "<think>\nResponse 2 has 2 legs.\n</think>\n<answer>\n2\n</answer>"
+    assert common.parse(common.as_ab(said, "r1")).verdict == "B" == common.parse(said, "r1").verdict
+    assert common.parse(said).verdict is None and common.parse(text, "r1").verdict is None
+    assert common.in_style(text, "msrl") == common.as_ab(text, "msrl") == text
+    assert common.rule_consistency(common.as_ab(said, "r1")) == 0  # "has 2 legs" compares nothing
+    row = {"task": "text", "prompt": "p?", "responses": ["uno", "due"], "media": [], "captions": []}
+    shown = common.render(row, style="r1")
+    assert shown.index("p?") < shown.index("uno") < shown.index("due") and "1/2" in shown
+    with pytest.raises(common.BadRow, match="R1-Reward has no prompt"):
+        common.render({**row, "task": "image_generation", "responses": None}, style="r1")
+
+
 def test_hard_rows_only(capsys):
     rows = [{"id": i, "attempts": n} for i, n in enumerate((1, 2, 4, 1, 3))]
     assert common.hard_rows(rows, 0) is rows
