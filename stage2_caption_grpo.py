@@ -96,7 +96,7 @@ class Config:
                                         "'r1' (1/2, R1-Reward's Table 1; no generation rows)")
     temperature: float = knob(1.0, "of sampling and of the scored distribution; no top-p or top-k")
     max_prompt_tokens: int = knob(1024, "longer prompts are skipped and counted, never cut")
-    max_new_tokens: int = knob(112, "answers are cut here and count as truncated (paper: 512)")
+    max_new_tokens: int = knob(128, "answers are cut here and count as truncated (paper: 512)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
     eval_every: int = knob(20, "steps between looks at the held-out rows; 0 = only at the end")
     eval_rows: int = knob(100, "about as many rows in those looks; the first and last take all")

@@ -259,8 +259,9 @@ def checks(row):
     """The feedback section: what is true, and whether each candidate agrees, item by item. What is
     said stands right beside what is true ("blue against red"): comparing neighbours is a circuit a
     tiny model learns at once, comparing with a word further up it did not learn in 1,500 steps. A
-    picture's items come to one "match" or "differ" beside its name, and pictures are Response A and
-    B, too: with other words a verdict learned on text did not carry over to them at all."""
+    picture is compared item by item and then as a whole, in the very words of a text's check, and
+    is Response A or B, too: in other words, a verdict learned on text did not carry over to it, or
+    carried over upside down (2 to 8 % right), and RL on captions was stuck at always the same."""
     if "facts" in row:
         f = row["facts"]
         return f"{f['item']} . " + " ".join(
@@ -269,7 +270,7 @@ def checks(row):
     wanted = dict(re.findall(r"(\w+) ([^.]+) \.", row["prompt"]))
     return " ".join(f"Response {x} shows " + " , ".join(
         f"{k} {against(v, wanted[k], 'same', 'unlike')}" for k, v in scene.items())
-        + f" : Response {x} {'match' if scene == wanted else 'differ'} ."
+        + f" . Response {x} says {against('same' if scene == wanted else 'unlike', 'same')} ."
         for x, scene in zip("AB", row["scenes"]))
 
 
@@ -430,9 +431,9 @@ def lesson(rng, kind, phase):
         reading = 0.95
     draw = rng.random()
     if kind == "text" and rng.random() < {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.25, 4: 0.25}[phase]:
-        # Comparing neighbours, and summing a section up; half of the sections match throughout. Each
-        # is drawn by itself: in a preference row the second claim is always the opposite of the
-        # first, and that short cut is all the model would learn.
+        # Comparing neighbours, and summing up what a picture shows; half of the sections match
+        # throughout. Each is drawn by itself: in a preference row the second claim is always the
+        # opposite of the first, and that short cut is all the model would learn.
         said, told = [], []
         for _ in range(4):
             n, differs = rng.choice([1, 2, 3]), rng.random() < 0.5
@@ -445,15 +446,14 @@ def lesson(rng, kind, phase):
                     two = other_value(rng, "", one, True) if " " in one else rng.choice(
                         [*COLOURS, *SHAPES, *SIDES])
                 pairs.append((one, two))
-            said.append(" , ".join(f"{a} against {b}" for a, b in pairs))
             if n == 1:
-                said[-1] = f"says {said[-1]}"
-                told.append(f"says {against(*pairs[0])}")
+                said.append("says {} against {} .".format(*pairs[0]))
+                told.append(f"says {against(*pairs[0])} .")
             else:
-                said[-1] = f"shows {said[-1]}"
+                said.append("shows " + " , ".join(f"{a} against {b}" for a, b in pairs) + " .")
                 told.append("shows " + " , ".join(against(a, b, "same", "unlike") for a, b in pairs)
-                            + f" : {'differ' if differs else 'match'}")
-        return f"say {' . '.join(said)} .", " . ".join(told) + " .", []
+                            + f" . says {against('unlike' if differs else 'same', 'same')} .")
+        return f"say {' '.join(said)}", " ".join(told), []
     if kind == "text" and draw < copying:  # it teaches the circuit that looking up needs
         words = [*COLOURS, *SHAPES, *PLACES, *PEOPLE, "start", "end", "mover"]
         text = " ".join(rng.choices(words, k=rng.randrange(3, 10)))
