@@ -251,33 +251,34 @@ def make_row(rng, task, held, i=0):
             "facts": {"item": f"{key} {items[key]}", "value": part(items[key]), "claims": values}}
 
 
-def against(said, true, yes="match", no="differ"):
-    return f"{said} against {true} {yes if said == true else no}"
+def noun(task):
+    return {"image_generation": "Image", "video_generation": "Video"}.get(task, "Response")
+
+
+def against(said, true):
+    return f"{said} against {true} {'match' if said == true else 'differ'}"
 
 
 def checks(row):
     """The feedback section: what is true, and whether each candidate agrees, item by item. What is
     said stands right beside what is true ("blue against red"): comparing neighbours is a circuit a
-    tiny model learns at once, comparing with a word further up it did not learn in 1,500 steps. A
-    picture is compared item by item and then as a whole, in the very words of a text's check, and
-    is Response A or B, too: in other words, a verdict learned on text did not carry over to it, or
-    carried over upside down (2 to 8 % right), and RL on captions was stuck at always the same."""
+    tiny model learns at once, comparing with a word further up it did not learn in 1,500 steps."""
     if "facts" in row:
         f = row["facts"]
         return f"{f['item']} . " + " ".join(
             f"Response {x} says {against(c, f['value'])} ."
             for x, c in zip("AB", f["claims"]))
     wanted = dict(re.findall(r"(\w+) ([^.]+) \.", row["prompt"]))
-    return " ".join(f"Response {x} shows " + " , ".join(
-        f"{k} {against(v, wanted[k], 'same', 'unlike')}" for k, v in scene.items())
-        + f" . Response {x} says {against('same' if scene == wanted else 'unlike', 'same')} ."
+    return " ".join(f"{noun(row['task'])} {x} shows " + " , ".join(
+        f"{k} {against(v, wanted[k])}" for k, v in scene.items()) + " ."
         for x, scene in zip("AB", row["scenes"]))
 
 
 def rationale(row, winner, reason):
-    """In the three sections of the paper's templates, and in their spelling."""
-    return (f"Feedback:\n{checks(row)}\nComparision:\nResponse {winner} {reason}\n"
-            f"Conclusion:\nResponse {winner} is better .")
+    # as the paper spells it in its templates
+    compare = "Comparison" if row["task"].endswith("generation") else "Comparision"
+    return (f"Feedback:\n{checks(row)}\n{compare}:\n{noun(row['task'])} {winner} {reason}\n"
+            f"Conclusion:\n{noun(row['task'])} {winner} is better .")
 
 
 def biased_verdict(rng, row):
@@ -358,8 +359,7 @@ def make_tokenizer():
     from transformers import PreTrainedTokenizerFast
     words = set()
     sample = " ".join([*COLOURS, *SHAPES, *PLACES, *PEOPLE, "mover start end place colour shape",
-                       "thing of says shows match differ same unlike is right better say describe",
-                       "caption against Response Image Video A B",
+                       "thing of says shows match differ is right better say describe against",
                        *(f"{t.format('it is')} {r}" for t, _, r in FLOURISHES.values())])
     for w in re.findall(r"\w+|[^\w\s]", sample):
         words |= {w, f"Ġ{w}"}
@@ -370,8 +370,9 @@ def make_tokenizer():
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     pieces = [p for t in common.TEMPLATES.values() for p in re.split(r"\{[^}]*\}", t) if p.strip()]
-    plain = ["Feedback:", "Comparision:", "Conclusion:", "<think>", "</think>",
+    plain = ["Feedback:", "Comparision:", "Comparison:", "Conclusion:", "<think>", "</think>",
              "<answer>", "</answer>", "<type>", "</type>", "<caption>", "</caption>"]
+    plain += [f"{n} {x}" for n in ("Response", "Image", "Video") for x in "AB"]
     plain += [f"Frame{i}: " for i in range(1, 9)] + [t.replace("_", " ") for t in common.TASKS[1:]]
     plain += ["user\n", "assistant\n"]
     tok.add_tokens([AddedToken(t, normalized=False, special=False)
@@ -423,37 +424,25 @@ def lesson(rng, kind, phase):
 
     The lessons know all combinations, as a pretrained model would, but there is no lesson in
     judging: each verdict and each reason is a coin. Phase 0 is copying and looking up, phase 1
-    describing, phase 2 comparing, phase 3 all together; at once, the model finds short cuts. Phase
-    4 is more of 3, with many captions of pairs."""
-    copying, reading = {0: (0.4, 0.7), 1: (0.1, 0.5), 2: (0, 0), 3: (0.05, 0.25),
-                        4: (0.02, 0.6)}[phase]
+    describing, phase 2 comparing, phase 3 all together; at once, the model finds short cuts."""
+    copying, reading = {0: (0.4, 0.7), 1: (0.1, 0.5), 2: (0, 0), 3: (0.05, 0.25)}[phase]
     if phase == 1 and kind != "text":
         reading = 0.95
     draw = rng.random()
-    if kind == "text" and rng.random() < {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.25, 4: 0.25}[phase]:
-        # Comparing neighbours, and summing up what a picture shows; half of the sections match
-        # throughout. Each is drawn by itself: in a preference row the second claim is always the
-        # opposite of the first, and that short cut is all the model would learn.
-        said, told = [], []
-        for _ in range(4):
-            n, differs = rng.choice([1, 2, 3]), rng.random() < 0.5
-            odd, pairs = rng.randrange(n), []
-            for j in range(n):
-                word = rng.choice([*COLOURS, *SHAPES, *SIDES])
-                one = rng.choice([word, word, " ".join(draw_thing(rng, rng.random() < 0.4))])
-                two = one
-                while two == one and differs and (j == odd or rng.random() < 0.3):
-                    two = other_value(rng, "", one, True) if " " in one else rng.choice(
-                        [*COLOURS, *SHAPES, *SIDES])
-                pairs.append((one, two))
-            if n == 1:
-                said.append("says {} against {} .".format(*pairs[0]))
-                told.append(f"says {against(*pairs[0])} .")
-            else:
-                said.append("shows " + " , ".join(f"{a} against {b}" for a, b in pairs) + " .")
-                told.append("shows " + " , ".join(against(a, b, "same", "unlike") for a, b in pairs)
-                            + f" . says {against('unlike' if differs else 'same', 'same')} .")
-        return f"say {' '.join(said)}", " ".join(told), []
+    if kind == "text" and rng.random() < {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.25}[phase]:
+        # comparing neighbours, each pair by its own coin: in a preference row the second claim is
+        # always the opposite of the first, and that short cut is all the model would learn
+        pairs = []
+        for _ in range(8):
+            word = rng.choice([*COLOURS, *SHAPES, *SIDES])
+            one = rng.choice([word, word, " ".join(draw_thing(rng, rng.random() < 0.4))])
+            two = one
+            while two == one and rng.random() < 0.7:
+                two = other_value(rng, "", one, True) if " " in one else rng.choice(
+                    [*COLOURS, *SHAPES, *SIDES])
+            pairs.append((one, two))
+        return "say " + " , ".join(f"{a} against {b}" for a, b in pairs), \
+            " , ".join(against(a, b) for a, b in pairs), []
     if kind == "text" and draw < copying:  # it teaches the circuit that looking up needs
         words = [*COLOURS, *SHAPES, *PLACES, *PEOPLE, "start", "end", "mover"]
         text = " ".join(rng.choices(words, k=rng.randrange(3, 10)))
@@ -462,12 +451,6 @@ def lesson(rng, kind, phase):
         world = kind if kind != "text" else rng.choice(["text", "image", "video"])
         items, _ = make_scene(rng, world, held=rng.random() < 0.4)
         if kind != "text" and rng.random() < 0.8:
-            if phase == 4 and rng.random() < 0.4:
-                row = make_row(rng, f"{kind}_generation", rng.random() < 0.4)
-                row |= {"media": ["", ""], "captions": [describe(s) for s in row["scenes"]]}
-                return f"<{kind}> <{kind}> caption", common.caption_text(row).strip(), row["scenes"]
-            if rng.random() < 0.25:  # so that the tags of stages 2b and 3 are known words
-                return f"<{kind}> caption", f"<caption>\n{describe(items)}\n</caption>", [items]
             return f"<{kind}> describe", describe(items), [items]
         # without any response in sight: with one, copying a response is a short cut
         key = rng.choice(list(items))
@@ -548,13 +531,11 @@ def pool_film(rng, pool, items):
 
 
 # Phases of the backbone's training: steps, learning rate, and lessons a step by what their prompt
-# shows. Comparing needs the smaller rate: at 2e-3 it was still at chance after 500 steps. The rate
-# is constant in the first three phases, and falls as half a cosine over each of the others.
+# shows. Comparing needs the smaller rate: at 2e-3 it was still at chance after 500 steps.
 PHASES = ((400, 2e-3, {"text": 40}),
-          (850, 2e-3, {"text": 12, "image": 48, "video": 20}),
-          (700, 7e-4, {"text": 24}),
-          (750, 8e-4, {"text": 32, "image": 20, "video": 10}),
-          (300, 6e-4, {"text": 16, "image": 20, "video": 16}))
+          (1000, 2e-3, {"text": 12, "image": 48, "video": 20}),
+          (800, 7e-4, {"text": 24}),
+          (800, 8e-4, {"text": 32, "image": 20, "video": 10}))
 
 
 def rebuild(out, seed=0, scale=1.0):
@@ -570,10 +551,11 @@ def rebuild(out, seed=0, scale=1.0):
         pool.setdefault(tuple(items.values()), []).append(frames)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     steps = [int(n * scale) for n, _, _ in PHASES]
-    phases = [(p, i / n) for p, n in enumerate(steps) for i in range(n)]
+    last = sum(steps[:-1])  # the rate is constant until the last phase, a half cosine over it
+    phases = [p for p, n in enumerate(steps) for _ in range(n)]
     mean = {}
-    for step, (phase, done) in enumerate(bar := tqdm(phases, desc="backbone", mininterval=5)):
-        done = done if phase >= 3 else 0
+    for step, phase in enumerate(bar := tqdm(phases, desc="backbone", mininterval=5)):
+        done = max(0, step - last) / steps[-1]
         _, lr, lessons = PHASES[phase]
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * done))
@@ -640,17 +622,17 @@ class Reader:
         return out
 
     @torch.no_grad()
-    def odds_of_a(self, cases, answers, batch=64):
+    def odds_of_a(self, cases, answers, names, batch=64):
         """How likely each answer is to go on with A, not B, where it first names a winner. Greedy
         would make a rule of a leaning of half a per cent."""
-        begun = [re.match(r".*Comparision:\n|", text, re.DOTALL)[0] + "Response"
-                 for text in answers]
-        a_or_b = torch.tensor([self.tok.convert_tokens_to_ids(f"Ġ{x}") for x in "AB"])
+        begun = [re.match(r".*Compari[^\n]*\n|", text, re.DOTALL)[0] for text in answers]
         out = []
         for at in range(0, len(cases), batch):
             inputs = self.inputs(cases[at:at + batch], begun[at:at + batch])
             last = self.model(**inputs, logits_to_keep=1).logits[:, -1]
-            out += last[:, a_or_b].softmax(-1)[:, 0].tolist()
+            pairs = [[self.tok.convert_tokens_to_ids(f"{n} {x}") for x in "AB"]
+                     for n in names[at:at + batch]]
+            out += last.gather(1, torch.tensor(pairs)).softmax(-1)[:, 0].tolist()
         return out
 
 
@@ -681,7 +663,7 @@ def check(folder=PREBUILT, n=200, seed=7, quiet=False):
             got = reader.answers(cases)
             name = f"{task} {form}" if task != "text" else task
             result[f"checks {name}"] = 100 * sum(checks(r) in g for g, r in zip(got, rows)) / n
-            odds = reader.odds_of_a(cases, got)
+            odds = reader.odds_of_a(cases, got, [noun(task)] * n)
             result[f"verdict {name}"] = 100 * sum(
                 p if r["label"] == "A" else 1 - p for p, r in zip(odds, rows)) / n
     if not quiet:
