@@ -1,0 +1,323 @@
+"""
+A Bradley-Terry reward model: one number for one response (MSRL Eq. 1, BaseReward, DT2IT-MRM).
+
+    python bt_reward.py                                          # toy world, all five tasks
+    torchrun --nproc_per_node=8 bt_reward.py --preset paper      # MSRL's discriminative baseline
+
+The language model's head gives way to a small MLP that reads the last token's hidden state:
+
+    input     text, understanding    prompt, media | response
+              generation, pair       both media, prompt, which is better? | "Image 1 is better ..."
+              generation, swap       one medium, describe | prompt
+    reward    r(y|x) = MLP(hidden state of the last token)                   score_group
+    loss      -log sigmoid(r(y_w|x) - r(y_l|x))                    Eq. 1     bt_loss
+
+Both responses to a prompt stand in one sequence, [prompt | response A | response B], and cannot see
+each other, so prompt and media are computed once: the packed forward of stage 1.
+
+Shapes: b rows within a micro-batch, G responses to a prompt, N scores, L tokens, H hidden size.
+"""
+
+import math
+import random
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+import common
+from stage1_text_grpo import knob, pack
+
+HELDOUT = ",".join(f"toy/heldout_{task}.jsonl" for task in common.TASKS)
+
+
+@dataclass
+class Config:
+    model: str = knob("toy/backbone", "checkpoint to start from; its head is always a new one")
+    data: str = knob("toy/text_rl.jsonl,toy/caption_rl.jsonl,toy/mm_rl.jsonl", "preference rows; "
+                     "file.jsonl:500 takes 500 of them, and so weighs the sources. BaseReward "
+                     "Table 15: multimodal to text 1 : 0.5 is best for multimodal benchmarks")
+    heldout: str = knob(HELDOUT, "rows scored before and after; '' for none")
+    out: str = knob("runs/bt_reward", "run folder; the same command resumes it")
+    seed: int = knob(0, "of the head's weights and of the order of rows and sides")
+    head_layers: int = knob(2, "of the reward head, 1 to 5 (BaseReward Table 2: 2; DT2IT: 1)")
+    head_activation: Literal["none", "tanh", "relu", "silu"] = knob(
+        "silu", "between the head's layers (BaseReward Table 2: silu)")
+    zero_coefficient: float = knob(0.0, "lambda of mean((r_w + r_l)^2), BaseReward Algorithm 1. "
+                                   "Its Figure 1: 0 is best")
+    length_norm: bool = knob(False, "r / log(length + 1), BaseReward Algorithm 1. Its Figure 1: no")
+    balance_length: bool = knob(False, "drop rows until the better response is the longer one as "
+                                "often as the shorter one (BaseReward Table 12: helps where the "
+                                "data is biased, costs a little elsewhere)")
+    t2i: Literal["pair", "swap"] = knob(
+        "pair", "generation rows. 'pair': both media in one prompt, the response says which is "
+        "better (DT2IT Eq. 3). 'swap': the medium is the prompt and the text the response "
+        "(Omni-Reward, Eq. 2); scores single candidates, too")
+    freeze_vision: bool = knob(False, "freeze vision tower and projector (DT2IT's script: yes)")
+    epochs: int = knob(3, "passes over the rows (papers: 1)")
+    batch_size: int = knob(32, "rows an optimiser step, over all processes (MSRL, BaseReward: 128; "
+                           "DT2IT: 512)")
+    micro_batch: int = knob(32, "rows a forward; changes memory, not the gradient")
+    lr: float = knob(5e-4, "AdamW; warm-up over 10 %% of the steps, then a cosine to 0 (DT2IT). "
+                     "MSRL, DT2IT: 1e-5; BaseReward: 3e-6")
+    max_grad_norm: float = knob(1.0, "gradient norm clip")
+    max_prompt_tokens: int = knob(2048, "rows with a longer prompt are skipped and counted")
+    max_response_tokens: int = knob(1024, "longer responses are cut here; rows whose two responses "
+                                    "are the same then are left out and counted")
+    frames: int = knob(8, "frames a video, evenly spaced")
+    max_tiles: int = knob(12, "tiles an image; fewer save memory")
+    gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
+    eval_batch: int = knob(128, "rows scored together")
+    save_every: int = knob(100, "steps between saved states")
+    skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
+    exclude: str = knob("", "benchmark files; training rows that are in them too are left out")
+
+
+# MSRL A.2: one epoch over the labelled multimodal rows, 1e-5, 128
+PAPER = dict(model="OpenGVLab/InternVL3_5-8B-HF", heldout="", epochs=1, batch_size=128, lr=1e-5,
+             data=common.TABLE_5.format(8000, 2500, 2639, 2343, 2500, 2056), micro_batch=1,
+             max_prompt_tokens=8192, gradient_checkpointing=True)
+
+
+# ------------------------------------------------------------------------------------------- model
+def reward_head(hidden, layers, activation):
+    """[N, H] -> [N, 1]. UNSPECIFIED: the width of the layers in between; ours is H."""
+    act = {"none": nn.Identity, "tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}[activation]
+    inner = [part for _ in range(layers - 1) for part in (nn.Linear(hidden, hidden), act())]
+    return nn.Sequential(*inner, nn.Linear(hidden, 1))
+
+
+def add_head(model, settings):
+    """`settings` go into stage.json: what the head is, and how rows are put to the model."""
+    hidden = model.get_input_embeddings().weight
+    model.reward_head = reward_head(hidden.shape[1], settings["head_layers"],
+                                    settings["head_activation"]).to(hidden.device)
+    model.settings = settings
+    return model
+
+
+SETTINGS = ("head_layers", "head_activation", "t2i", "length_norm", "max_response_tokens")
+
+
+def candidates(row, encoder, settings):
+    """Preference row -> [(Prompt, [answer ids, ...]), ...] with two answers in all, A's then B's."""
+    limit, text = settings["max_response_tokens"], row["prompt"]
+    # the end-of-sequence token, which the head reads, is never cut off
+    ids = lambda answer: (encoder.answer_ids(answer)[:-1][:limit - 1] + [encoder.eos_id])
+    video = row["task"].startswith("video")
+    place = "<video>" if video else "<image>"
+    if not row["task"].endswith("generation"):
+        # UNSPECIFIED: the prompt. MSRL A.2 follows Figures 4-7, which hold both responses; Eq. 1
+        # scores them one by one, so ours is what the user of a chat model would have sent.
+        prompt = encoder.encode(" ".join([place] * len(row["media"]) + [text]), row["media"], video)
+        return [(prompt, [ids(r) for r in row["responses"]])]
+    if settings["t2i"] == "swap":                                              # DT2IT Eq. 2
+        return [(encoder.encode(f"{place} describe", [m], video), [ids(text)])
+                for m in row["media"]]
+    name = "Video" if video else "Image"                                       # DT2IT Eq. 3
+    # UNSPECIFIED: the evaluation prompt E. The order of the two media is batch_of()'s coin.
+    prompt = encoder.encode(f"{name} 1: {place}\n{name} 2: {place}\nCaption: {text}\nWhich "
+                            f"{name} is better?", row["media"], video)
+    return [(prompt, [ids(f"{name} {i} is better than {name} {j}.") for i, j in ((1, 2), (2, 1))])]
+
+
+def score_group(model, encoder, prompts, answers):
+    """b prompts and the ids of their answers [b][G], which may differ in number -> scores [N], in
+    the order of the answers."""
+    device = next(model.parameters()).device
+    ids, positions, sees, _, tail, _, pixels = pack(prompts, answers, encoder.pad_id, device)
+    media = {} if pixels is None else {"pixel_values": pixels}
+    with common.autocast(device):
+        hidden = model.model(input_ids=ids, attention_mask=sees, position_ids=positions,
+                             use_cache=False, **media).last_hidden_state               # [b, L, H]
+    rows, last, lengths = [], [], []
+    for i, group in enumerate(answers):
+        at = ids.shape[1] - tail.shape[1] - 1  # the prompt's last token
+        for answer in group:
+            at += len(answer)
+            rows, last, lengths = rows + [i], last + [at], lengths + [len(answer)]
+    scores = model.reward_head(hidden[rows, last].float())[:, 0]                       # [N], fp32
+    if model.settings["length_norm"]:
+        # UNSPECIFIED: l in Algorithm 1; ours counts tokens, the end-of-sequence token included.
+        # Scoring divides, too: what was trained is the quotient.
+        scores = scores / torch.tensor(lengths, device=device).log1p()          # Algorithm 1, 5-6
+    return scores
+
+
+def score_pairs(model, encoder, rows):
+    """b rows -> [b, 2], the scores of A and B."""
+    parts = [part for row in rows for part in candidates(row, encoder, model.settings)]
+    return score_group(model, encoder, [p for p, _ in parts], [a for _, a in parts]).view(-1, 2)
+
+
+def bt_loss(chosen, rejected, zero_coefficient):
+    """Scores [b] each -> loss [b]."""
+    loss = -F.logsigmoid(chosen - rejected)                                            # Eq. 1
+    return loss + zero_coefficient * (chosen + rejected) ** 2                   # Algorithm 1, 10
+
+
+# ------------------------------------------------------------------------------------------- rows
+def load_pairs(sources, encoder, settings, cfg, exclude="", quiet=False):
+    """Preference rows, checked and measured as this model reads them."""
+    def longest(row, form):
+        common.Encoder.check
+        parts = candidates(row, encoder, settings)
+        row["same"] = parts[0][1][0] == parts[-1][1][-1] and len(parts) == 1
+        return max(len(prompt.ids) for prompt, _ in parts)
+
+    reader = SimpleNamespace(special_tokens=encoder.special_tokens, check=longest)
+    rows = common.load_rows(sources, reader, "pixels", cfg.max_prompt_tokens, cfg.skip_bad_rows,
+                            exclude, quiet)
+    return rows
+
+
+def longer(row):
+    """1 if the better response is the longer one, -1 if the shorter, 0 for equals and media."""
+    a, b = map(len, row["responses"] or ("", ""))
+    return ((a > b) - (a < b)) * (1 if row["label"] == "A" else -1)
+
+
+def balanced(rows, seed):
+    """Drop rows at random until better is longer as often as shorter (BaseReward D.4).
+    UNSPECIFIED: how the paper resamples."""
+    sides = {s: [r for r in rows if longer(r) == s] for s in (1, 0, -1)}
+    n, rng = min(len(sides[1]), len(sides[-1])), random.Random(seed)
+    return sides[0] + rng.sample(sides[1], n) + rng.sample(sides[-1], n)
+
+
+# ---------------------------------------------------------------------------------------- scoring
+@torch.no_grad()
+def score_rows(model, encoder, rows, batch_size=64, desc="scoring"):
+    """-> (score of A, score of B) for every row, in its own frame."""
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["tokens"])  # less padding
+    batches = [order[k:k + batch_size] for k in range(0, len(order), batch_size)]
+    model.eval()
+    found = []
+    for k in tqdm(range(common.rank(), len(batches), common.world()), desc=desc, leave=False,
+                  disable=common.rank() > 0, mininterval=1):
+        scores = score_pairs(model, encoder, [rows[i] for i in batches[k]]).tolist()
+        found += [(i, tuple(s)) for i, s in zip(batches[k], scores)]
+    return [s for _, s in sorted(common.gather_list(found))]
+
+
+def describe(rows, scores):
+    """-> accuracy, margin, mean chosen and rejected score; of all rows, "tasks" by task."""
+    def figures(some):
+        right = [s if r["label"] == "A" else s[::-1] for r, s in some]
+        mean = lambda values: sum(values) / len(right)
+        return {"accuracy": mean([c > r for c, r in right]),  # equal scores are no preference
+                "margin": mean([c - r for c, r in right]), "chosen": mean([c for c, _ in right]),
+                "rejected": mean([r for _, r in right]), "n": len(right)}
+    pairs = list(zip(rows, scores))
+    return {**figures(pairs), "tasks": {t: figures(some) for t in common.TASKS if (
+        some := [p for p in pairs if p[0]["task"] == t])}}
+
+
+def evaluate(model, encoder, rows, cfg, when):
+    result = describe(rows, score_rows(model, encoder, rows, cfg.eval_batch, f"held-out, {when}"))
+    if common.rank() == 0:
+        tqdm.write(f"held-out, {when}: accuracy {result['accuracy']:.1%} on {len(rows)} rows, "
+                   f"margin {result['margin']:.2f}; " + ", ".join(
+                       f"{t} {f['accuracy']:.1%}" for t, f in result["tasks"].items()))
+    return result
+
+
+# --------------------------------------------------------------------------------------- training
+def train(cfg, device, out, rows=None):
+    """-> the trained model and its encoder."""
+    state = common.open_run(out, cfg)
+    model, encoder = common.load(cfg.model, device, frames=cfg.frames, max_tiles=cfg.max_tiles)
+    settings = {name: getattr(cfg, name) for name in SETTINGS}
+    torch.manual_seed(cfg.seed)
+    add_head(model, settings)
+    if cfg.freeze_vision:
+        common.freeze_vision(model)
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    rows = rows or load_pairs(cfg.data, encoder, settings, cfg, cfg.exclude)
+    heldout = load_pairs(cfg.heldout, encoder, settings, cfg) if cfg.heldout else []
+    if cfg.balance_length:
+        rows = balanced(rows, cfg.seed)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    steps = max(1, cfg.epochs * len(rows) // cfg.batch_size)
+    warmup = max(1, round(0.1 * steps))
+    start, before = 0, None
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, before = state["step"], state["before"]
+    elif heldout:
+        before = evaluate(model, encoder, heldout, cfg, "before")
+
+    mine = slice(common.rank(), None, common.world())
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc="bt_reward",
+               disable=common.rank() > 0, mininterval=2)
+    for step in bar:
+        began = time.time()
+        batch = common.batch_of(rows, step, cfg.batch_size, cfg.seed)[mine]
+        done = (step + 1 - warmup) / max(1, steps - warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * ((step + 1) / warmup if done <= 0 else
+                                    0.5 + 0.5 * math.cos(math.pi * done))
+        if cfg.gradient_checkpointing:
+            model.train()
+        scores, loss = [], 0.0
+        for at in range(0, len(batch), cfg.micro_batch):
+            some = batch[at:at + cfg.micro_batch]
+            pair = score_pairs(model, encoder, some)                                   # [b, 2]
+            right = torch.tensor(["AB".index(r["label"]) for r in some], device=device)[:, None]
+            chosen, rejected = pair.gather(1, right)[:, 0], pair.gather(1, 1 - right)[:, 0]
+            part = bt_loss(chosen, rejected, cfg.zero_coefficient).sum() / cfg.batch_size
+            part.backward()
+            loss += part.item()
+            scores += pair.tolist()
+        common.sum_gradients(trainable)
+        norm = torch.nn.utils.clip_grad_norm_(trainable, cfg.max_grad_norm).item()
+        if not math.isfinite(norm):
+            raise SystemExit(f"step {step + 1}: the gradient is not a number; go on from the last "
+                             "saved state with a smaller --lr.")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss, = common.sum_over_ranks(loss)
+        metrics = describe(common.gather_list(batch), common.gather_list(scores))
+        bar.set_postfix(loss=f"{loss:.3f}", acc=f"{metrics['accuracy']:.2f}", refresh=False)
+        if common.rank() == 0:
+            common.append(Path(out, "metrics.jsonl"), {
+                "step": step + 1, "loss": loss, "grad_norm": norm, **metrics,
+                "step_time": time.time() - began, "peak_memory_gb": common.peak_memory_gb()})
+            if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
+                common.save_state(out, model, optimizer, step + 1, cfg, before=before)
+    after = evaluate(model, encoder, heldout, cfg, "after") if heldout else None
+    if common.rank() == 0:
+        save(out, model, encoder, cfg, steps, {"before": before, "after": after})
+        print(f"wrote {out}/")
+    return model, encoder
+
+
+def save(out, model, encoder, cfg, step, heldout):
+    head = model.reward_head
+    save_file(head.state_dict(), Path(out, "reward_head.safetensors"))
+    del model.reward_head  # the rest is an ordinary checkpoint
+    common.save_checkpoint(out, model, encoder, stage="bt_reward", parent=cfg.model, step=step,
+                           config=asdict(cfg), heldout=heldout)
+    model.reward_head = head
+
+
+def main():
+    cfg = common.parse_config(Config, __doc__, PAPER)
+    device = common.start_processes(cfg.batch_size)
+    train(cfg, device, cfg.out)
+    common.end_processes()
+
+
+if __name__ == "__main__":
+    main()
