@@ -18,11 +18,13 @@ each other, so prompt and media are computed once: the packed forward of stage 1
 Shapes: b rows within a micro-batch, G responses to a prompt, N scores, L tokens, H hidden size.
 """
 
+import json
 import math
 import random
 import time
+import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -34,9 +36,14 @@ from torch import nn
 from tqdm import tqdm
 
 import common
-from stage1_text_grpo import knob, pack
+from stage1_text_grpo import knob, pack, sample_group
 
+OTHER = {"A": "B", "B": "A"}
 HELDOUT = ",".join(f"toy/heldout_{task}.jsonl" for task in common.TASKS)
+
+
+def several(help):
+    return field(default_factory=list, metadata={"help": help})
 
 
 @dataclass
@@ -62,11 +69,11 @@ class Config:
         "better (DT2IT Eq. 3). 'swap': the medium is the prompt and the text the response "
         "(Omni-Reward, Eq. 2); scores single candidates, too")
     freeze_vision: bool = knob(False, "freeze vision tower and projector (DT2IT's script: yes)")
-    epochs: int = knob(3, "passes over the rows (papers: 1)")
-    batch_size: int = knob(32, "rows an optimiser step, over all processes (MSRL, BaseReward: 128; "
+    epochs: int = knob(4, "passes over the rows (papers: 1)")
+    batch_size: int = knob(16, "rows an optimiser step, over all processes (MSRL, BaseReward: 128; "
                            "DT2IT: 512)")
-    micro_batch: int = knob(32, "rows a forward; changes memory, not the gradient")
-    lr: float = knob(5e-4, "AdamW; warm-up over 10 %% of the steps, then a cosine to 0 (DT2IT). "
+    micro_batch: int = knob(4, "rows a forward; changes memory, not the gradient")
+    lr: float = knob(3e-4, "AdamW; warm-up over 10 %% of the steps, then a cosine to 0 (DT2IT). "
                      "MSRL, DT2IT: 1e-5; BaseReward: 3e-6")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     max_prompt_tokens: int = knob(2048, "rows with a longer prompt are skipped and counted")
@@ -79,6 +86,14 @@ class Config:
     save_every: int = knob(100, "steps between saved states")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
     exclude: str = knob("", "benchmark files; training rows that are in them too are left out")
+    curate: str = knob("", "noisy preference rows to clean (DT2IT 3.3); writes curated.jsonl")
+    models: list[str] = several("reward models that vote on the preference strength. The first is "
+                                "the own one, whose agreement keeps a row")
+    judges: list[str] = several("generative checkpoints that re-annotate the rest, in both orders; "
+                                "none: the rest is dropped")
+    iterations: int = knob(0, "T of DT2IT's loop: train on --data, curate a T-th of --curate, "
+                           "train on both, curate both, train, and so on (paper: 2)")
+    judge_tokens: int = knob(160, "of a judge's answer (paper's judges: 1024)")
 
 
 # MSRL A.2: one epoch over the labelled multimodal rows, 1e-5, 128
@@ -108,10 +123,11 @@ SETTINGS = ("head_layers", "head_activation", "t2i", "length_norm", "max_respons
 
 
 def candidates(row, encoder, settings):
-    """Preference row -> [(Prompt, [answer ids, ...]), ...] with two answers in all, A's then B's."""
+    """Preference row -> [(Prompt, [answer ids, ...]), ...], an answer for A and then one for B (or
+    for each of any number of responses)."""
     limit, text = settings["max_response_tokens"], row["prompt"]
     # the end-of-sequence token, which the head reads, is never cut off
-    ids = lambda answer: (encoder.answer_ids(answer)[:-1][:limit - 1] + [encoder.eos_id])
+    ids = lambda answer: encoder.answer_ids(answer)[:-1][:limit - 1] + [encoder.eos_id]
     video = row["task"].startswith("video")
     place = "<video>" if video else "<image>"
     if not row["task"].endswith("generation"):
@@ -123,7 +139,7 @@ def candidates(row, encoder, settings):
         return [(encoder.encode(f"{place} describe", [m], video), [ids(text)])
                 for m in row["media"]]
     name = "Video" if video else "Image"                                       # DT2IT Eq. 3
-    # UNSPECIFIED: the evaluation prompt E. The order of the two media is batch_of()'s coin.
+    # UNSPECIFIED: the evaluation prompt E. Which medium is the first is batch_of()'s coin.
     prompt = encoder.encode(f"{name} 1: {place}\n{name} 2: {place}\nCaption: {text}\nWhich "
                             f"{name} is better?", row["media"], video)
     return [(prompt, [ids(f"{name} {i} is better than {name} {j}.") for i, j in ((1, 2), (2, 1))])]
@@ -152,10 +168,10 @@ def score_group(model, encoder, prompts, answers):
     return scores
 
 
-def score_pairs(model, encoder, rows):
-    """b rows -> [b, 2], the scores of A and B."""
+def score_batch(model, encoder, rows):
+    """b rows of G candidates each -> scores [b * G]."""
     parts = [part for row in rows for part in candidates(row, encoder, model.settings)]
-    return score_group(model, encoder, [p for p, _ in parts], [a for _, a in parts]).view(-1, 2)
+    return score_group(model, encoder, [p for p, _ in parts], [a for _, a in parts])
 
 
 def bt_loss(chosen, rejected, zero_coefficient):
@@ -165,18 +181,27 @@ def bt_loss(chosen, rejected, zero_coefficient):
 
 
 # ------------------------------------------------------------------------------------------- rows
-def load_pairs(sources, encoder, settings, cfg, exclude="", quiet=False):
+def load_pairs(sources, encoder, settings, cfg, exclude=""):
     """Preference rows, checked and measured as this model reads them."""
-    def longest(row, form):
-        common.Encoder.check
+    def measure(row, form):
+        if len(row["media"]) != common.N_MEDIA[row["task"]]:
+            raise common.BadRow("has no media; a reward model reads no captions")
         parts = candidates(row, encoder, settings)
-        row["same"] = parts[0][1][0] == parts[-1][1][-1] and len(parts) == 1
+        answers = [ids for _, group in parts for ids in group]
+        row["same"] = len(set(row["media"])) == 1 if row["task"].endswith("generation") else \
+            answers[0] == answers[1]
         return max(len(prompt.ids) for prompt, _ in parts)
 
-    reader = SimpleNamespace(special_tokens=encoder.special_tokens, check=longest)
+    reader = SimpleNamespace(special_tokens=encoder.special_tokens, check=measure)
     rows = common.load_rows(sources, reader, "pixels", cfg.max_prompt_tokens, cfg.skip_bad_rows,
-                            exclude, quiet)
-    return rows
+                            exclude)
+    kept = [row for row in rows if not row.pop("same")]
+    if common.rank() == 0 and len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} rows left out: their candidates are the same, at "
+              f"{cfg.max_response_tokens} tokens")
+    if not kept:
+        raise SystemExit(f"{sources}: no row left; raise --max_response_tokens.")
+    return kept
 
 
 def longer(row):
@@ -194,18 +219,63 @@ def balanced(rows, seed):
 
 
 # ---------------------------------------------------------------------------------------- scoring
+def load(folder, device="cpu", frames=8, max_tiles=12):
+    """-> reward model and encoder, for score_rows() and its like."""
+    files = [Path(folder, name) for name in ("stage.json", "reward_head.safetensors")]
+    if not all(map(Path.exists, files)):
+        raise SystemExit(f"{folder}: no reward model (no reward_head.safetensors and stage.json). "
+                         "`python bt_reward.py` makes one.")
+    model, encoder = common.load(folder, device, "python bt_reward.py", frames=frames,
+                                 max_tiles=max_tiles)
+    config = json.loads(files[0].read_text())["config"]
+    add_head(model, {name: config[name] for name in SETTINGS})
+    model.reward_head.load_state_dict(load_file(files[1]))
+    return model.eval(), encoder
+
+
 @torch.no_grad()
-def score_rows(model, encoder, rows, batch_size=64, desc="scoring"):
-    """-> (score of A, score of B) for every row, in its own frame."""
-    order = sorted(range(len(rows)), key=lambda i: rows[i]["tokens"])  # less padding
-    batches = [order[k:k + batch_size] for k in range(0, len(order), batch_size)]
+def score_all(model, encoder, rows, batch_size=64, desc="scoring"):
+    """-> for every row the list of its candidates' scores."""
     model.eval()
+    order = sorted(range(len(rows)), key=lambda i: rows[i].get("tokens", 0))  # less padding
+    batches = [order[k:k + batch_size] for k in range(0, len(order), batch_size)]
     found = []
     for k in tqdm(range(common.rank(), len(batches), common.world()), desc=desc, leave=False,
                   disable=common.rank() > 0, mininterval=1):
-        scores = score_pairs(model, encoder, [rows[i] for i in batches[k]]).tolist()
-        found += [(i, tuple(s)) for i, s in zip(batches[k], scores)]
-    return [s for _, s in sorted(common.gather_list(found))]
+        some = [rows[i] for i in batches[k]]
+        scores = iter(score_batch(model, encoder, some).tolist())
+        found += [(i, [next(scores) for _ in row["responses"] or row["media"]])
+                  for i, row in zip(batches[k], some)]
+    return [scores for _, scores in sorted(common.gather_list(found))]
+
+
+def score_rows(model, encoder, rows, batch_size=64, desc="scoring"):
+    """-> (score of A, score of B) for every preference row."""
+    return [tuple(s) for s in score_all(model, encoder, rows, batch_size, desc)]
+
+
+def score_texts(model, encoder, items, batch_size=64, desc="scoring"):
+    """Single candidates {"task", "prompt", "media", "response"} -> one score each. The candidate of
+    a generation task is its one medium."""
+    if model.settings["t2i"] == "pair" and any(x["task"].endswith("generation") for x in items):
+        raise SystemExit("this reward model compares two images or videos (--t2i pair) and cannot "
+                         "score one alone; train one with --t2i swap.")
+    rows = [{**x, "responses": None if x["task"].endswith("generation") else [x["response"]]}
+            for x in items]
+    return [scores[0] for scores in score_all(model, encoder, rows, batch_size, desc)]
+
+
+def group_rewards(model, encoder, item, responses, scheme="hybrid", reference=None):
+    """Rewards for a group of answers to one prompt, to train another model with (BaseReward C).
+    `item` is {"task", "prompt", "media"}. "rule": 1 if the answer is the reference, else 0;
+    "model": its score; "hybrid": 1 if it is the reference, else sigmoid(score)."""
+    matches = [float(reference is not None and r.strip() == reference.strip()) for r in responses]
+    if scheme == "rule":
+        return matches
+    scores, = score_all(model, encoder, [{**item, "responses": list(responses)}])
+    if scheme == "model":
+        return scores
+    return [m or 1 / (1 + math.exp(-s)) for m, s in zip(matches, scores)]
 
 
 def describe(rows, scores):
@@ -264,6 +334,7 @@ def train(cfg, device, out, rows=None):
     for step in bar:
         began = time.time()
         batch = common.batch_of(rows, step, cfg.batch_size, cfg.seed)[mine]
+        batch.sort(key=lambda row: row["tokens"])  # alike lengths together: less padding
         done = (step + 1 - warmup) / max(1, steps - warmup)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * ((step + 1) / warmup if done <= 0 else
@@ -273,7 +344,7 @@ def train(cfg, device, out, rows=None):
         scores, loss = [], 0.0
         for at in range(0, len(batch), cfg.micro_batch):
             some = batch[at:at + cfg.micro_batch]
-            pair = score_pairs(model, encoder, some)                                   # [b, 2]
+            pair = score_batch(model, encoder, some).view(-1, 2)                       # [b, 2]
             right = torch.tensor(["AB".index(r["label"]) for r in some], device=device)[:, None]
             chosen, rejected = pair.gather(1, right)[:, 0], pair.gather(1, 1 - right)[:, 0]
             part = bt_loss(chosen, rejected, cfg.zero_coefficient).sum() / cfg.batch_size
@@ -312,10 +383,147 @@ def save(out, model, encoder, cfg, step, heldout):
     model.reward_head = head
 
 
+# --------------------------------------------------------------------------------------- curation
+def resumed(path, made_by, rows, work, chunk=256):
+    """work(some rows) -> one JSON value a row. What is done stays in `path`, so a killed run goes
+    on there. -> the values of all rows."""
+    mark = [str(made_by), zlib.crc32("\n".join(r["id"] for r in rows).encode())]
+    was, *done = common.whole_lines(path) or [mark]
+    if was != mark:
+        raise SystemExit(f"{path} was made by {was[0]}, or of other rows. Delete it, or take "
+                         "another --out.")
+    if common.rank() == 0:
+        common.write_lines(path, [mark, *done])
+    for at in range(len(done), len(rows), chunk):
+        some = work(rows[at:at + chunk])
+        done += some
+        if common.rank() == 0:
+            for value in some:
+                common.append(path, value)
+    return done
+
+
+def margin(scores, label):
+    return (scores[0] - scores[1]) * (1 if label == "A" else -1)
+
+
+def to_flip(strengths):
+    """Preference strengths -> the places of the lower half of the negative ones. UNSPECIFIED: half
+    of an odd number; ours is rounded down."""
+    negative = sorted((s, i) for i, s in enumerate(strengths) if s < 0)
+    return {i for _, i in negative[:len(negative) // 2]}
+
+
+def curate(rows, voters, own, judges, cfg, device, out):
+    """DT2IT 3.3, three steps; see its Figure 1 (d). Writes curated.jsonl, dropped.jsonl (each row
+    with what happened to it) and curation.json below `out`. -> the curated rows."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    place = lambda folder: out / f"{str(folder).strip('./').replace('/', '-')}.jsonl"
+
+    def scored(folder):
+        loaded = []  # only if there is something left to score
+        def work(some):
+            loaded or loaded.append(load(folder, device, cfg.frames, cfg.max_tiles))
+            return score_rows(*loaded[0], some, cfg.eval_batch, f"scores of {folder}")
+        return resumed(place(folder), folder, rows, work)
+
+    def judged(folder, some_rows):
+        loaded = []
+        def work(some):
+            loaded or loaded.append(common.load(folder, device, frames=cfg.frames,
+                                                max_tiles=cfg.max_tiles))
+            preds = common.judge(*loaded[0], some, sample_group, batch_size=cfg.eval_batch,
+                                 max_new_tokens=cfg.judge_tokens, desc=f"verdicts of {folder}")
+            return [[p["pred"] for p in preds if p["row"] == i] for i in range(len(some))]
+        return resumed(place(folder), folder, some_rows, work)
+
+    rows = [{**row, "media": [str(Path(m).resolve()) for m in row["media"]],
+             "curation": {"given": row["label"], "flipped": False}} for row in rows]
+    # 1. preference strength: the mean margin of the voters; flip the worst, set by set
+    votes = [scored(folder) for folder in voters]
+    for source in dict.fromkeys(row.get("source") for row in rows) if votes else ():
+        its = [i for i, row in enumerate(rows) if row.get("source") == source]
+        strengths = [sum(margin(v[i], rows[i]["label"]) for v in votes) / len(votes) for i in its]
+        worst = to_flip(strengths)
+        for k, i in enumerate(its):
+            rows[i]["curation"] |= {"strength": strengths[k], "flipped": k in worst}
+            if k in worst:
+                rows[i]["label"] = OTHER[rows[i]["label"]]
+    # 2. what the own model agrees with is kept
+    doubted = []
+    for row, scores in zip(rows, scored(own)):
+        row["curation"] |= {"own_margin": margin(scores, row["label"]), "fate": "agreed"}
+        if row["curation"]["own_margin"] <= 0:
+            doubted.append(row)
+    # 3. the rest goes to the judges, each in both orders; majority, ties dropped
+    ballots = [judged(folder, doubted) for folder in judges] if doubted else []
+    for i, row in enumerate(doubted):
+        said = Counter(v for ballot in ballots for v in ballot[i] if v)
+        row["curation"] |= {"fate": "re-annotated", "votes": dict(said)}
+        if said["A"] == said["B"]:
+            row["curation"]["fate"] = "dropped: " + ("tie" if said["A"] else "no verdict")
+        else:
+            row["label"] = max("AB", key=lambda side: said[side])
+    for row in rows:
+        if row["label"] != row["curation"]["given"]:
+            row["rationale"] = None  # it argued for the other side
+    parts = [[r for r in rows if r["curation"]["fate"].startswith("dropped") == b] for b in (0, 1)]
+    summary = {"rows": len(rows), "flipped": sum(r["curation"]["flipped"] for r in rows),
+               **Counter(r["curation"]["fate"] for r in rows), "kept": len(parts[0]),
+               "kept with another label than given": sum(
+                   r["label"] != r["curation"]["given"] for r in parts[0])}
+    if common.rank() == 0:
+        common.write_lines(out / "dropped.jsonl", parts[1])
+        common.write_lines(out / "curated.jsonl", parts[0])
+        (out / "curation.json").write_text(json.dumps(summary, indent=2) + "\n")
+        print(f"{out}/curated.jsonl: " + ", ".join(f"{k} {v}" for k, v in summary.items()))
+    if not parts[0]:
+        raise SystemExit(f"{out}: curation left no row; see dropped.jsonl.")
+    return parts[0]
+
+
+def iterate(cfg, device):
+    """DT2IT 3.3, the framework: training and curation in turns, T times."""
+    _, encoder = common.load(cfg.model, device, frames=cfg.frames, max_tiles=cfg.max_tiles)
+    settings = {name: getattr(cfg, name) for name in SETTINGS}
+    data, noisy = (load_pairs(source, encoder, settings, cfg, cfg.exclude)
+                   for source in (cfg.data, cfg.curate))                       # D_0, and D^open
+    step = lambda t, name: Path(cfg.out, f"{t}-{name}")
+
+    def trained(rows, out):
+        if not Path(out, "stage.json").exists():
+            train(cfg, device, out, rows)
+        return out
+
+    own = trained(data, step(0, "model"))                                      # r_0
+    for t in range(1, cfg.iterations + 1):
+        # UNSPECIFIED: what is new in an iteration (paper: three data sets, then two); a T-th here
+        new = noisy[t - 1::cfg.iterations]                                     # 1. D_t^open
+        new = curate(new, [own, *cfg.models], own, cfg.judges, cfg, device,
+                     step(t, "new"))                                           # 2. D_t^cur
+        both = data + new                                                      # 3. D'_t, r'_t
+        better = trained(both, step(t, "first"))
+        data = curate(both, [], better, cfg.judges, cfg, device, step(t, "all"))  # 4. D_t
+        own = trained(data, step(t, "model"))                                  # 5. r_t
+    if common.rank() == 0:
+        print(f"the last model is {own}/")
+
+
 def main():
     cfg = common.parse_config(Config, __doc__, PAPER)
     device = common.start_processes(cfg.batch_size)
-    train(cfg, device, cfg.out)
+    if cfg.iterations:
+        iterate(cfg, device)
+    elif cfg.curate:
+        if not cfg.models:
+            raise SystemExit("--curate needs --models: reward models made by this script.")
+        _, encoder = load(cfg.models[0], device, cfg.frames, cfg.max_tiles)
+        rows = load_pairs(cfg.curate, encoder, {n: getattr(cfg, n) for n in SETTINGS}, cfg,
+                          cfg.exclude)
+        curate(rows, cfg.models, cfg.models[0], cfg.judges, cfg, device, cfg.out)
+    else:
+        train(cfg, device, cfg.out)
     common.end_processes()
 
 
