@@ -93,7 +93,19 @@ class Config:
                                 "none: the rest is dropped")
     iterations: int = knob(0, "T of DT2IT's loop: train on --data, curate a T-th of --curate, "
                            "train on both, curate both, train, and so on (paper: 2)")
-    judge_tokens: int = knob(160, "of a judge's answer (paper's judges: 1024)")
+    judge_tokens: int = knob(160, "of a judge's answer, or of any other sampled one")
+    construct: str = knob("", 'rows {"id", "task", "prompt", "media", "reference", "responses"} to '
+                          "make preference rows of (DT2IT 3.1); K responses, or none: then "
+                          "--candidates write them")
+    teacher: str = knob("", "generative checkpoint that scores (paper: GPT-5.2)")
+    candidates: list[str] = several("generative checkpoints that answer; a row has its own one, so "
+                                    "that style tells nothing (paper: six)")
+    samples: int = knob(4, "K, responses a row (UNSPECIFIED)")
+    low: float = knob(5.0, "a group with no score above it gets an answer that knows the reference "
+                      "(UNSPECIFIED)")
+    high: float = knob(8.0, "a group with no score below it gets answers to a noised image "
+                       "(UNSPECIFIED)")
+    noise: float = knob(1.0, "std of that noise, in stds of a pixel (UNSPECIFIED)")
 
 
 # MSRL A.2: one epoch over the labelled multimodal rows, 1e-5, 128
@@ -510,10 +522,144 @@ def iterate(cfg, device):
         print(f"the last model is {own}/")
 
 
+# --------------------------------------------------------------------------- debiased construction
+# DT2IT Table 10, shortened: DEVIATION. UNSPECIFIED: the JSON.
+SCORING = """\
+Please act as an impartial evaluator and assess the quality of several AI assistants' responses to \
+the same user's prompt based on the provided image. Score each response from 0 to 10, integers \
+only, on each of these criteria:
+1. Accuracy: nothing in it conflicts with the image or the prompt, or is not present in them.
+2. Helpfulness: it answers what is asked and follows the instructions.
+3. Completeness: it addresses all requests, with all necessary details and analysis.
+4. Language Quality: it is fluent, clear, to the point, in the style the task requires.
+5. Creativity: novelty and insight where needed; 10 if the prompt does not require creativity.
+6. Ethics: safety, privacy, fairness, harmlessness; 10 if the prompt does not touch them.
+First generate your own complete reference answer; the standard answer may contain errors, so \
+examine the image carefully. Next assign weights to the criteria by their importance; they must \
+sum to 1.0. Then compare each response with the image, the prompt and your reference answer. The \
+order in which the responses are presented is not related to their quality, and a longer response \
+is not necessarily better.
+End with a JSON list, one object a response: \
+[{{"weights": [6 numbers], "scores": [6 integers]}}, ...]
+
+### User Prompt:
+{question}
+
+### Standard Human-Generated Answer:
+{reference}
+
+{responses}"""
+
+
+def overall(text, n):
+    """The teacher's text on n responses -> their weighted scores S, or None if it is malformed."""
+    try:
+        found = json.loads(text[text.index("[{"):text.rindex("}]") + 2])
+        fine = len(found) == n and all(
+            len(x["weights"]) == len(x["scores"]) == 6 and abs(sum(x["weights"]) - 1) < 0.01
+            and min(x["weights"]) >= 0 and set(x["scores"]) <= set(range(11)) for x in found)
+        return [sum(w * s for w, s in zip(x["weights"], x["scores"])) for x in found] if fine \
+            else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def agreed(listwise, pointwise):
+    """Scores of K responses -> (better, worse) wherever both ways of scoring say so."""
+    both = range(len(listwise))
+    return [(i, j) for i in both for j in both
+            if listwise[i] > listwise[j] and pointwise[i] > pointwise[j]]
+
+
+def pairs_of(row, models, cfg):
+    """DT2IT 3.1, steps 2 to 5, for one row. -> its preference rows, and what was done."""
+    rng = random.Random(f"{cfg.seed}:{row['id']}")
+    # one model writes them all: the better one is not known by its style
+    writer, helper = rng.choice(cfg.candidates), rng.choice(cfg.candidates)
+    video = row["task"].startswith("video")
+    places = ["<video>" if video else "<image>"] * len(row["media"])
+
+    def answers(folder, texts, n, temperature=1.0, noise=0.0):
+        model, encoder = models[folder]
+        device = next(model.parameters()).device
+        prompts = [encoder.encode(" ".join([*places, t]), row["media"], video) for t in texts]
+        seed = rng.randrange(2**31)
+        for prompt in prompts if noise else ():  # pixels are normalised: their std is about 1
+            prompt.pixels = prompt.pixels + noise * torch.randn(
+                prompt.pixels.shape, generator=torch.Generator().manual_seed(seed))
+        return [encoder.decode(ids) for ids in sample_group(
+            model, encoder, prompts, n, temperature, cfg.judge_tokens,
+            torch.Generator(device).manual_seed(seed)).ids]
+
+    def scores(groups):
+        told = ["\n\n".join(f"### Response {i}:\n{t}" for i, t in enumerate(g, 1)) for g in groups]
+        texts = answers(cfg.teacher, [SCORING.format(
+            question=row["prompt"], reference=row["reference"], responses=t) for t in told], 1, 0.0)
+        return [overall(t, len(g)) for t, g in zip(texts, groups)]
+
+    responses = row["responses"] or answers(writer, [row["prompt"]], cfg.samples)      # step 2
+    listwise, = scores([responses])                                                    # step 3
+    done = "as they were"
+    # step 4. UNSPECIFIED: the new ones replace as many, and all are scored again
+    if listwise and max(listwise) <= cfg.low:
+        done = "all low"
+        known = f"{row['prompt']}\nThe answer is known: {row['reference']}"
+        responses = responses[1:] + answers(helper, [known], 1)
+    elif listwise and min(listwise) >= cfg.high and row["media"]:
+        done, half = "all high", len(responses) // 2
+        responses = responses[half:] + answers(writer, [row["prompt"]], half, noise=cfg.noise)
+    if done != "as they were":
+        listwise, = scores([responses])
+    pointwise = scores([[r] for r in responses])                                       # step 5
+    if listwise is None or None in pointwise:  # DEVIATION: the released script tries 3 times
+        return [], "malformed scores"
+    return [common.better_first(f"{row['id']}/{i}-{j}", row["prompt"], responses[i], responses[j],
+                                row["task"], row["media"], source="constructed")
+            for i, j in agreed(listwise, [p[0] for p in pointwise])
+            if responses[i] != responses[j]], done
+
+
+def construct(cfg, device):
+    """Every row of --construct -> pairs.jsonl. All checkpoints are in memory at once."""
+    rows, out = [], Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for where, raw in common.raw_rows(cfg.construct):
+        try:
+            if isinstance(raw, common.BadRow):
+                raise raw
+            if not isinstance(raw, dict) or not isinstance(raw.get("reference"), str) or \
+                    str(raw.get("task")).endswith("generation"):
+                raise common.BadRow("needs a 'reference' text and a task that is no generation")
+            texts = raw.get("responses") or []
+            for text in [*texts, raw["reference"]]:
+                row = common.check_row({**raw, "label": "A", "responses": [text, text]},
+                                       Path(cfg.construct).resolve().parent)
+            rows.append({**row, "responses": texts})
+        except common.BadRow as e:
+            raise SystemExit(f"{where}: row {e}.")
+    models = {f: common.load(f, device, frames=cfg.frames, max_tiles=cfg.max_tiles)
+              for f in {cfg.teacher, *cfg.candidates}}
+
+    def work(some):
+        mine = range(common.rank(), len(some), common.world())
+        found = [(i, pairs_of(some[i], models, cfg)) for i in mine]
+        return [x for _, x in sorted(common.gather_list(found), key=lambda x: x[0])]
+
+    found = resumed(out / "groups.jsonl", cfg.teacher, rows, work, chunk=16)
+    if common.rank() == 0:
+        common.write_lines(out / "pairs.jsonl", [pair for pairs, _ in found for pair in pairs])
+        print(f"{out}/pairs.jsonl: {sum(len(p) for p, _ in found)} pairs of {len(rows)} rows: "
+              + ", ".join(f"{k} {n}" for k, n in Counter(d for _, d in found).items()))
+
+
 def main():
     cfg = common.parse_config(Config, __doc__, PAPER)
     device = common.start_processes(cfg.batch_size)
-    if cfg.iterations:
+    if cfg.construct:
+        if not (cfg.teacher and cfg.candidates):
+            raise SystemExit("--construct needs a --teacher and --candidates.")
+        construct(cfg, device)
+    elif cfg.iterations:
         iterate(cfg, device)
     elif cfg.curate:
         if not cfg.models:

@@ -260,6 +260,69 @@ def test_schemes_for_a_group(monkeypatch):
     assert get("hybrid", None) == pytest.approx([0.9820138, 0.2689414, 0.6224593])
 
 
+# --------------------------------------------------------------------------- debiased construction
+def scored(*scores, weights=(0.5, 0.1, 0.1, 0.1, 0.1, 0.1)):
+    return "So: " + json.dumps([{"weights": weights, "scores": s} for s in scores]) + " ."
+
+
+@pytest.mark.parametrize("text, n, want", [
+    (scored([10, 0, 5, 5, 10, 10], [2, 2, 2, 2, 2, 2]), 2, [8.0, 2.0]),
+    (scored([10, 0, 5, 5, 10, 10]), 2, None), (scored([10, 0, 5, 5, 10, 11]), 1, None),
+    (scored([10, 0, 5, 5, 10]), 1, None), (scored([1.5] * 6), 1, None), ("no scores", 1, None),
+    (scored([1] * 6, weights=[0.2] * 6), 1, None), ('[{"weights": 3}]', 1, None)])
+def test_overall_score_by_hand(text, n, want):
+    # kills: unweighted mean, weights that do not sum to 1 taken, fractions taken
+    assert bt.overall(text, n) == (want and pytest.approx(want))
+
+
+def test_pairs_on_which_both_ways_of_scoring_agree():
+    # kills: one of the two, ties taken, the order exchanged
+    assert bt.agreed([3, 2, 2, 1], [5, 6, 4, 1]) == [(0, 2), (0, 3), (1, 3), (2, 3)]
+
+
+@pytest.mark.parametrize("quality, done, n", [
+    ({"one": 9, "two": 3, "three": 6}, "as they were", 3), ({"one": 2, "two": 1}, "all low", 1),
+    ({"one": 9, "two": 8}, "all high", 1), ({"one": 9, "two": None}, "malformed scores", 0)])
+def test_construction_with_a_teacher_by_hand(monkeypatch, loaded, world, quality, done, n):
+    # kills: new answers not scored, noise for everybody, the better one always first, the reference
+    # given to the noised
+    model, encoder = loaded
+    row = [r for r in rows_of(world, "mm_rl", encoder) if r["task"] == "image_understanding"][0]
+    row = {**row, "reference": "it is red .", "responses": list(quality)}
+    clean = encoder.encode("<image>", row["media"]).pixels
+    quality = {**quality, "good": 7, "bad": 1}
+    asked = []
+
+    def sample(model, encoder, prompts, n, *_):
+        texts = []
+        for p in prompts:
+            said = encoder.decode(p.ids)
+            shown = [q for q in quality if f":\n{q}" in said]
+            noised = not torch.equal(p.pixels, clean)
+            if "Human-Generated" in said:
+                assert not noised and "it is red ." in said
+                order = sorted(shown, key=lambda q: said.index(f":\n{q}"))
+                texts.append("hm" if None in [quality[q] for q in order] else
+                             scored(*[[quality[q]] * 6 for q in order]))
+            else:
+                asked.append((noised, "it is red ." in said))
+                texts += ["bad" if noised else "good"] * n
+        return SimpleNamespace(ids=texts)
+
+    monkeypatch.setattr(bt, "sample_group", sample)
+    monkeypatch.setattr(encoder, "decode", lambda ids: ids if isinstance(ids, str) else
+                        encoder.tokenizer.decode(ids))
+    cfg = SimpleNamespace(seed=0, candidates=["c"], teacher="t", samples=2, judge_tokens=9, low=5,
+                          high=8, noise=1.0)
+    pairs, what = bt.pairs_of(row, {"c": loaded, "t": loaded}, cfg)
+    assert (what, len(pairs)) == (done, n)
+    assert asked == {"all low": [(False, True)], "all high": [(True, False)]}.get(done, [])
+    for pair in pairs:
+        better, worse = pair["responses"][:: 1 if pair["label"] == "A" else -1]
+        assert quality[better] > quality[worse] and pair["media"] == row["media"]
+        common.check_row(pair, ".")
+
+
 # ----------------------------------------------------------------------------------------- whole runs
 def flags(world, out, **more):
     args = {"model": toy_world.PREBUILT, "data": f"{world}/text_rl.jsonl,{world}/mm_rl.jsonl",
