@@ -3,6 +3,8 @@ A Bradley-Terry reward model: one number for one response (MSRL Eq. 1, BaseRewar
 
     python bt_reward.py                                          # toy world, all five tasks
     torchrun --nproc_per_node=8 bt_reward.py --preset paper      # MSRL's discriminative baseline
+    python bt_reward.py --curate noisy.jsonl --models RM1 RM2 --judges DIR --out runs/curated
+    python bt_reward.py --construct prompts.jsonl --teacher DIR --candidates DIR1 DIR2 --out DIR
 
 The language model's head gives way to a small MLP that reads the last token's hidden state:
 
@@ -25,6 +27,7 @@ import time
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -49,9 +52,9 @@ def several(help):
 @dataclass
 class Config:
     model: str = knob("toy/backbone", "checkpoint to start from; its head is always a new one")
-    data: str = knob("toy/text_rl.jsonl,toy/caption_rl.jsonl,toy/mm_rl.jsonl", "preference rows; "
-                     "file.jsonl:500 takes 500 of them, and so weighs the sources. BaseReward "
-                     "Table 15: multimodal to text 1 : 0.5 is best for multimodal benchmarks")
+    data: str = knob("toy/text_rl.jsonl:2000,toy/mm_rl.jsonl", "preference rows; file.jsonl:500 "
+                     "takes 500 of them, and so weighs the sources. BaseReward Table 15: multimodal "
+                     "to text 1 : 0.5 is best for multimodal benchmarks")
     heldout: str = knob(HELDOUT, "rows scored before and after; '' for none")
     out: str = knob("runs/bt_reward", "run folder; the same command resumes it")
     seed: int = knob(0, "of the head's weights and of the order of rows and sides")
@@ -69,7 +72,7 @@ class Config:
         "better (DT2IT Eq. 3). 'swap': the medium is the prompt and the text the response "
         "(Omni-Reward, Eq. 2); scores single candidates, too")
     freeze_vision: bool = knob(False, "freeze vision tower and projector (DT2IT's script: yes)")
-    epochs: int = knob(4, "passes over the rows (papers: 1)")
+    epochs: int = knob(3, "passes over the rows (papers: 1)")
     batch_size: int = knob(16, "rows an optimiser step, over all processes (MSRL, BaseReward: 128; "
                            "DT2IT: 512)")
     micro_batch: int = knob(4, "rows a forward; changes memory, not the gradient")
@@ -131,7 +134,9 @@ def add_head(model, settings):
     return model
 
 
-SETTINGS = ("head_layers", "head_activation", "t2i", "length_norm", "max_response_tokens")
+def settings_of(config):
+    return {name: config[name] for name in ("head_layers", "head_activation", "t2i", "length_norm",
+                                            "max_response_tokens")}
 
 
 def candidates(row, encoder, settings):
@@ -204,6 +209,7 @@ def load_pairs(sources, encoder, settings, cfg, exclude=""):
             answers[0] == answers[1]
         return max(len(prompt.ids) for prompt, _ in parts)
 
+    # load_rows() wants no more of an encoder than this
     reader = SimpleNamespace(special_tokens=encoder.special_tokens, check=measure)
     rows = common.load_rows(sources, reader, "pixels", cfg.max_prompt_tokens, cfg.skip_bad_rows,
                             exclude)
@@ -240,7 +246,7 @@ def load(folder, device="cpu", frames=8, max_tiles=12):
     model, encoder = common.load(folder, device, "python bt_reward.py", frames=frames,
                                  max_tiles=max_tiles)
     config = json.loads(files[0].read_text())["config"]
-    add_head(model, {name: config[name] for name in SETTINGS})
+    add_head(model, settings_of(config))
     model.reward_head.load_state_dict(load_file(files[1]))
     return model.eval(), encoder
 
@@ -277,6 +283,7 @@ def score_texts(model, encoder, items, batch_size=64, desc="scoring"):
     return [scores[0] for scores in score_all(model, encoder, rows, batch_size, desc)]
 
 
+@torch.no_grad()
 def group_rewards(model, encoder, item, responses, scheme="hybrid", reference=None):
     """Rewards for a group of answers to one prompt, to train another model with (BaseReward C).
     `item` is {"task", "prompt", "media"}. "rule": 1 if the answer is the reference, else 0;
@@ -284,10 +291,10 @@ def group_rewards(model, encoder, item, responses, scheme="hybrid", reference=No
     matches = [float(reference is not None and r.strip() == reference.strip()) for r in responses]
     if scheme == "rule":
         return matches
-    scores, = score_all(model, encoder, [{**item, "responses": list(responses)}])
+    scores = score_batch(model, encoder, [{**item, "responses": list(responses)}])
     if scheme == "model":
-        return scores
-    return [m or 1 / (1 + math.exp(-s)) for m, s in zip(matches, scores)]
+        return scores.tolist()
+    return [m or s for m, s in zip(matches, scores.sigmoid().tolist())]
 
 
 def describe(rows, scores):
@@ -314,10 +321,10 @@ def evaluate(model, encoder, rows, cfg, when):
 
 # --------------------------------------------------------------------------------------- training
 def train(cfg, device, out, rows=None):
-    """-> the trained model and its encoder."""
+    """Train on `rows`, or on those of --data; the checkpoint goes to `out`."""
     state = common.open_run(out, cfg)
     model, encoder = common.load(cfg.model, device, frames=cfg.frames, max_tiles=cfg.max_tiles)
-    settings = {name: getattr(cfg, name) for name in SETTINGS}
+    settings = settings_of(asdict(cfg))
     torch.manual_seed(cfg.seed)
     add_head(model, settings)
     if cfg.freeze_vision:
@@ -383,7 +390,7 @@ def train(cfg, device, out, rows=None):
     if common.rank() == 0:
         save(out, model, encoder, cfg, steps, {"before": before, "after": after})
         print(f"wrote {out}/")
-    return model, encoder
+    common.gather_list([])  # no process goes on before all is written
 
 
 def save(out, model, encoder, cfg, step, heldout):
@@ -431,24 +438,22 @@ def curate(rows, voters, own, judges, cfg, device, out):
     with what happened to it) and curation.json below `out`. -> the curated rows."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    place = lambda folder: out / f"{str(folder).strip('./').replace('/', '-')}.jsonl"
+    place = lambda folder: out / f"by-{str(folder).strip('./').replace('/', '-')}.jsonl"
+    args = {"frames": cfg.frames, "max_tiles": cfg.max_tiles}
+    # loaded only if there is something left to do
+    reward_model = lru_cache(1)(lambda folder: load(folder, device, **args))
+    generative = lru_cache(1)(lambda folder: common.load(folder, device, **args))
 
     def scored(folder):
-        loaded = []  # only if there is something left to score
-        def work(some):
-            loaded or loaded.append(load(folder, device, cfg.frames, cfg.max_tiles))
-            return score_rows(*loaded[0], some, cfg.eval_batch, f"scores of {folder}")
-        return resumed(place(folder), folder, rows, work)
+        return resumed(place(folder), folder, rows, lambda some: score_rows(
+            *reward_model(folder), some, cfg.eval_batch, f"scores of {folder}"))
 
-    def judged(folder, some_rows):
-        loaded = []
+    def judged(folder, doubted):
         def work(some):
-            loaded or loaded.append(common.load(folder, device, frames=cfg.frames,
-                                                max_tiles=cfg.max_tiles))
-            preds = common.judge(*loaded[0], some, sample_group, batch_size=cfg.eval_batch,
+            preds = common.judge(*generative(folder), some, sample_group, batch_size=cfg.eval_batch,
                                  max_new_tokens=cfg.judge_tokens, desc=f"verdicts of {folder}")
             return [[p["pred"] for p in preds if p["row"] == i] for i in range(len(some))]
-        return resumed(place(folder), folder, some_rows, work)
+        return resumed(place(folder), folder, doubted, work)
 
     rows = [{**row, "media": [str(Path(m).resolve()) for m in row["media"]],
              "curation": {"given": row["label"], "flipped": False}} for row in rows]
@@ -498,7 +503,7 @@ def curate(rows, voters, own, judges, cfg, device, out):
 def iterate(cfg, device):
     """DT2IT 3.3, the framework: training and curation in turns, T times."""
     _, encoder = common.load(cfg.model, device, frames=cfg.frames, max_tiles=cfg.max_tiles)
-    settings = {name: getattr(cfg, name) for name in SETTINGS}
+    settings = settings_of(asdict(cfg))
     data, noisy = (load_pairs(source, encoder, settings, cfg, cfg.exclude)
                    for source in (cfg.data, cfg.curate))                       # D_0, and D^open
     step = lambda t, name: Path(cfg.out, f"{t}-{name}")
@@ -558,8 +563,8 @@ def overall(text, n):
         fine = len(found) == n and all(
             len(x["weights"]) == len(x["scores"]) == 6 and abs(sum(x["weights"]) - 1) < 0.01
             and min(x["weights"]) >= 0 and set(x["scores"]) <= set(range(11)) for x in found)
-        return [sum(w * s for w, s in zip(x["weights"], x["scores"])) for x in found] if fine \
-            else None
+        return [round(sum(w * s for w, s in zip(x["weights"], x["scores"])), 2)
+                for x in found] if fine else None
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -654,6 +659,10 @@ def construct(cfg, device):
 
 def main():
     cfg = common.parse_config(Config, __doc__, PAPER)
+    if not 1 <= cfg.head_layers <= 5 or cfg.max_response_tokens < 1:
+        raise SystemExit("--head_layers is 1 to 5, --max_response_tokens at least 1.")
+    if cfg.iterations and not cfg.curate:
+        raise SystemExit("--iterations needs rows to --curate.")
     device = common.start_processes(cfg.batch_size)
     if cfg.construct:
         if not (cfg.teacher and cfg.candidates):
@@ -664,9 +673,8 @@ def main():
     elif cfg.curate:
         if not cfg.models:
             raise SystemExit("--curate needs --models: reward models made by this script.")
-        _, encoder = load(cfg.models[0], device, cfg.frames, cfg.max_tiles)
-        rows = load_pairs(cfg.curate, encoder, {n: getattr(cfg, n) for n in SETTINGS}, cfg,
-                          cfg.exclude)
+        model, encoder = load(cfg.models[0], device, cfg.frames, cfg.max_tiles)
+        rows = load_pairs(cfg.curate, encoder, model.settings, cfg, cfg.exclude)
         curate(rows, cfg.models, cfg.models[0], cfg.judges, cfg, device, cfg.out)
     else:
         train(cfg, device, cfg.out)

@@ -167,7 +167,7 @@ def test_the_lower_half_of_the_negatives_is_flipped(strengths, want):
 
 def fake_models(monkeypatch, scores, verdicts):
     """scores {model: {id: (a, b)}} and verdicts {judge: {id: (pred in AB, pred in BA)}}."""
-    monkeypatch.setattr(bt, "load", lambda folder, *_: (folder, None))
+    monkeypatch.setattr(bt, "load", lambda folder, *_, **__: (folder, None))
     monkeypatch.setattr(common, "load", lambda folder, *_, **__: (folder, None))
     monkeypatch.setattr(bt, "score_rows", lambda model, _, rows, *more: [
         scores[model][r["id"]] for r in rows])
@@ -176,8 +176,8 @@ def fake_models(monkeypatch, scores, verdicts):
 
 
 def test_curation_by_hand(tmp_path, monkeypatch):
-    # kills: a flip by one model's score, over all sources at once, step 2 by the given label, judges
-    # that see agreed rows, ties kept, None counted as a vote, the majority's other side
+    # kills: a flip by one model's score, over all sources at once, step 2 by the given label,
+    # judges that see agreed rows, ties kept, None counted as a vote, the majority's other side
     ids = "flip weak fine other tie none turn".split()
     rows = [{"id": i, "task": "text", "label": "A", "media": [], "rationale": "A",
              "source": "two" if i == "other" else "one"} for i in ids]
@@ -236,8 +236,8 @@ def test_planted_noise_is_found(tmp_path, monkeypatch):
     # kills: flips to the given label, judges' majority ignored
     rng = random.Random(1)
     true = {str(i): rng.choice("AB") for i in range(600)}
-    rows = [{"id": i, "task": "text", "media": [], "label": bt.OTHER[t] if rng.random() < 0.3 else t}
-            for i, t in true.items()]
+    rows = [{"id": i, "task": "text", "media": [],
+             "label": bt.OTHER[t] if rng.random() < 0.3 else t} for i, t in true.items()]
     noisy = lambda sigma: {i: (rng.gauss(1 if t == "A" else -1, sigma), 0) for i, t in true.items()}
     scores = {m: noisy(1.2) for m in ("a", "b", "c")}
     verdicts = {"j": {i: [t if rng.random() < 0.85 else bt.OTHER[t] for _ in "12"]
@@ -252,7 +252,7 @@ def test_planted_noise_is_found(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------- rewards for others
 def test_schemes_for_a_group(monkeypatch):
     # kills: hybrid without the sigmoid, a match scored by the model
-    monkeypatch.setattr(bt, "score_all", lambda m, e, rows: [[4.0, -1.0, 0.5]])
+    monkeypatch.setattr(bt, "score_batch", lambda m, e, rows: torch.tensor([4.0, -1.0, 0.5]))
     get = lambda scheme, ref="red .": bt.group_rewards(None, None, {}, ["a", " red .", "b"], scheme,
                                                        ref)
     assert get("rule") == [0, 1, 0] and get("model") == [4, -1, 0.5]
@@ -323,7 +323,7 @@ def test_construction_with_a_teacher_by_hand(monkeypatch, loaded, world, quality
         common.check_row(pair, ".")
 
 
-# ----------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------- whole runs
 def flags(world, out, **more):
     args = {"model": toy_world.PREBUILT, "data": f"{world}/text_rl.jsonl,{world}/mm_rl.jsonl",
             "heldout": f"{world}/heldout_text.jsonl", "out": out, "batch_size": 4,
@@ -349,7 +349,7 @@ def test_a_run_its_resumption_and_two_processes_agree(world, tmp_path, monkeypat
     torchrun(["bt_reward.py", *flags(world, tmp_path / "two")])
     for name in ("model.safetensors", "reward_head.safetensors"):
         want = load_file(tmp_path / "whole" / name)
-        for other, tol in (("parts", 0), ("two", 2e-5)):
+        for other, tol in (("parts", 0), ("two", 1e-4)):
             got = load_file(tmp_path / other / name)
             assert got.keys() == want.keys() and not any("reward_head" in k for k in got)
             for k in want:
