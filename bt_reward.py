@@ -111,9 +111,10 @@ class Config:
     noise: float = knob(1.0, "std of that noise, in stds of a pixel (UNSPECIFIED)")
 
 
-# MSRL A.2: one epoch over the labelled multimodal rows, 1e-5, 128
+# MSRL A.2: one epoch over "the complete set" of labelled multimodal rows, here those of stages 2
+# and 3 together, at 1e-5 and 128
 PAPER = dict(model="OpenGVLab/InternVL3_5-8B-HF", heldout="", epochs=1, batch_size=128, lr=1e-5,
-             data=common.TABLE_5.format(8000, 2500, 2639, 2343, 2500, 2056), micro_batch=1,
+             data=common.TABLE_5.format(13000, 5000, 5219, 6666, 5000, 4595), micro_batch=1,
              max_prompt_tokens=8192, gradient_checkpointing=True)
 
 
@@ -152,7 +153,7 @@ def candidates(row, encoder, settings):
         # scores them one by one, so ours is what the user of a chat model would have sent.
         prompt = encoder.encode(" ".join([place] * len(row["media"]) + [text]), row["media"], video)
         return [(prompt, [ids(r) for r in row["responses"]])]
-    if settings["t2i"] == "swap":                                              # DT2IT Eq. 2
+    if settings["t2i"] == "swap":  # DT2IT Eq. 2. UNSPECIFIED: what is asked, with the medium
         return [(encoder.encode(f"{place} describe", [m], video), [ids(text)])
                 for m in row["media"]]
     name = "Video" if video else "Image"                                       # DT2IT Eq. 3
@@ -453,7 +454,7 @@ def curate(rows, voters, own, judges, cfg, device, out):
             preds = common.judge(*generative(folder), some, sample_group, batch_size=cfg.eval_batch,
                                  max_new_tokens=cfg.judge_tokens, desc=f"verdicts of {folder}")
             return [[p["pred"] for p in preds if p["row"] == i] for i in range(len(some))]
-        return resumed(place(folder), folder, doubted, work)
+        return resumed(place(folder), f"{folder}, {cfg.judge_tokens} tokens", doubted, work)
 
     rows = [{**row, "media": [str(Path(m).resolve()) for m in row["media"]],
              "curation": {"given": row["label"], "flipped": False}} for row in rows]
@@ -650,7 +651,9 @@ def construct(cfg, device):
         found = [(i, pairs_of(some[i], models, cfg)) for i in mine]
         return [x for _, x in sorted(common.gather_list(found), key=lambda x: x[0])]
 
-    found = resumed(out / "groups.jsonl", cfg.teacher, rows, work, chunk=16)
+    made_by = {k: getattr(cfg, k) for k in ("teacher", "candidates", "samples", "low", "high",
+                                            "noise", "judge_tokens", "seed")}
+    found = resumed(out / "groups.jsonl", made_by, rows, work, chunk=16)
     if common.rank() == 0:
         common.write_lines(out / "pairs.jsonl", [pair for pairs, _ in found for pair in pairs])
         print(f"{out}/pairs.jsonl: {sum(len(p) for p, _ in found)} pairs of {len(rows)} rows: "
