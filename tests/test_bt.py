@@ -177,33 +177,35 @@ def fake_models(monkeypatch, scores, verdicts):
 
 def test_curation_by_hand(tmp_path, monkeypatch):
     # kills: a flip by one model's score, over all sources at once, step 2 by the given label,
-    # judges that see agreed rows, ties kept, None counted as a vote, the majority's other side
-    ids = "flip weak fine other tie none turn".split()
+    # judges that see agreed rows, ties kept, None among the votes, the majority's other side
+    ids = "flip weak fine other worst none turn even also".split()
     rows = [{"id": i, "task": "text", "label": "A", "media": [], "rationale": "A",
              "source": "two" if i == "other" else "one"} for i in ids]
-    margins = {"own": {"flip": -4, "weak": -1, "fine": 2, "other": -9, "tie": -1, "none": -1.5,
-                       "turn": -2},
-               "peer": {"flip": -6, "weak": -1.5, "fine": -1, "other": -9, "tie": -2, "none": -1,
-                        "turn": 1}}
+    margins = {"own": {"flip": -4, "weak": -1, "fine": 2, "other": -9, "worst": -1, "none": -1.5,
+                       "turn": -2, "even": -1, "also": -3},
+               "peer": {"flip": -6, "weak": -1.5, "fine": -1, "other": -9, "worst": -2, "none": -1,
+                        "turn": 1, "even": 0.3, "also": -3}}
     scores = {m: {i: (d + 7, 7) for i, d in of.items()} for m, of in margins.items()}
-    verdicts = {"j1": {"weak": "AA", "other": "BB", "tie": "AB", "none": [None, None],
+    verdicts = {"j1": {"weak": "AA", "other": "BB", "even": "AB", "none": [None, None],
                        "turn": ["B", None]},
-                "j2": {"weak": "AB", "other": "AB", "tie": "BA", "none": [None, None],
+                "j2": {"weak": "AB", "other": "AB", "even": "BA", "none": [None, None],
                        "turn": ["B", "A"]}}
     fake_models(monkeypatch, scores, verdicts)
     cfg = SimpleNamespace(frames=8, max_tiles=12, eval_batch=4, judge_tokens=9)
     kept = bt.curate(rows, ["own", "peer"], "own", ["j1", "j2"], cfg, "cpu", tmp_path)
-    # mean margins in source one: -5 -1.25 .5 -1.5 -1.25 -.5: five negatives, so two are flipped
+    # margins in source one: -5 -3 -1.5 | -1.25 -1.25 -.5 -.35: of seven negatives three are flipped
     fate = {r["id"]: (r["label"], r["curation"]["flipped"], r["curation"]["fate"])
             for r in kept + lines(tmp_path / "dropped.jsonl")}
     assert fate == {"flip": ("B", True, "agreed"), "fine": ("A", False, "agreed"),
-                    "tie": ("B", True, "agreed"), "weak": ("A", False, "re-annotated"),
+                    "worst": ("B", True, "agreed"), "also": ("B", True, "agreed"),
+                    "weak": ("A", False, "re-annotated"), "even": ("A", False, "dropped: tie"),
                     "other": ("B", False, "re-annotated"), "turn": ("B", False, "re-annotated"),
                     "none": ("A", False, "dropped: no verdict")}
     assert {r["id"]: r["rationale"] for r in kept} == {
-        i: "A" if i in ("weak", "fine") else None for i in ids if i != "none"}
+        i: "A" if i in ("weak", "fine") else None for i in ids if i not in ("none", "even")}
+    assert [r["curation"]["votes"] for r in kept if r["id"] == "turn"] == [{"B": 2, "A": 1}]
     summary = json.loads((tmp_path / "curation.json").read_text())
-    assert (summary["rows"], summary["flipped"], summary["kept"]) == (7, 2, 6)
+    assert (summary["rows"], summary["flipped"], summary["kept"]) == (9, 3, 7)
     # again: nothing is scored anew; other rows are refused
     monkeypatch.setattr(bt, "score_rows", None)
     monkeypatch.setattr(common, "judge", None)
@@ -233,7 +235,7 @@ def test_killed_scoring_goes_on_where_it_was(tmp_path):
 
 
 def test_planted_noise_is_found(tmp_path, monkeypatch):
-    # kills: flips to the given label, judges' majority ignored
+    # kills: flips that change no label, judges' majority ignored
     rng = random.Random(1)
     true = {str(i): rng.choice("AB") for i in range(600)}
     rows = [{"id": i, "task": "text", "media": [],
@@ -247,6 +249,8 @@ def test_planted_noise_is_found(tmp_path, monkeypatch):
     kept = bt.curate(rows, list("abc"), "a", ["j"], cfg, "cpu", tmp_path)
     right = lambda some: sum(r["label"] == true[r["id"]] for r in some) / len(some)
     assert right(rows) < 0.75 and right(kept) > 0.9 and len(kept) > 500
+    turned = [r for r in kept if r["curation"]["flipped"] and r["curation"]["fate"] == "agreed"]
+    assert len(turned) > 50 and right(turned) > 0.9
 
 
 # ------------------------------------------------------------------------------- rewards for others
@@ -284,7 +288,7 @@ def test_pairs_on_which_both_ways_of_scoring_agree():
     ({"one": 9, "two": 3, "three": 6}, "as they were", 3), ({"one": 2, "two": 1}, "all low", 1),
     ({"one": 9, "two": 8}, "all high", 1), ({"one": 9, "two": None}, "malformed scores", 0)])
 def test_construction_with_a_teacher_by_hand(monkeypatch, loaded, world, quality, done, n):
-    # kills: new answers not scored, noise for everybody, the better one always first, the reference
+    # kills: new answers not scored, noise for everybody, better and worse exchanged, the reference
     # given to the noised
     model, encoder = loaded
     row = [r for r in rows_of(world, "mm_rl", encoder) if r["task"] == "image_understanding"][0]
