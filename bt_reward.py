@@ -53,8 +53,8 @@ def several(help):
 class Config:
     model: str = knob("toy/backbone", "checkpoint to start from; its head is always a new one")
     data: str = knob("toy/text_rl.jsonl:2000,toy/mm_rl.jsonl", "preference rows; file.jsonl:500 "
-                     "takes 500 of them, and so weighs the sources. BaseReward Table 15: multimodal "
-                     "to text 1 : 0.5 is best for multimodal benchmarks")
+                     "takes 500 of them, and so weighs the sources. BaseReward Table 15: "
+                     "multimodal to text 1 : 0.5 is best for multimodal benchmarks")
     heldout: str = knob(HELDOUT, "rows scored before and after; '' for none")
     out: str = knob("runs/bt_reward", "run folder; the same command resumes it")
     seed: int = knob(0, "of the head's weights and of the order of rows and sides")

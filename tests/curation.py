@@ -53,8 +53,8 @@ def main():
         for r in clean])
     models = [out / f"noisy{seed}" for seed in args.seeds]
     before = [train(out / "noisy.jsonl", m, s, more) for m, s in zip(models, args.seeds)]
-    print("| seed | labels right | of them kept | trained on noisy | on curated |\n|---|--:|--:|--:|"
-          "--:|")
+    print("| seed | labels right | rows kept | trained on noisy | on curated |\n"
+          "|---|--:|--:|--:|--:|")
     for seed, own, accuracy in zip(args.seeds, models, before):
         folder = out / f"curated{seed}"
         run("bt_reward.py", "--curate", out / "noisy.jsonl", "--out", folder, "--judges",
