@@ -1,0 +1,381 @@
+"""
+The Bradley-Terry reward model: scores, loss, reformulations, curation, whole runs. The prebuilt
+backbone is the model. "kills:" names wrong versions of the source under which a test was seen to
+fail.
+"""
+
+import json
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+import toy_world
+from safetensors.torch import load_file
+from test_runs import cpu_only, lines, run_here, torchrun  # noqa: F401  (cpu_only is a fixture)
+
+import bt_reward as bt
+import common
+
+SETTINGS = {"head_layers": 2, "head_activation": "silu", "t2i": "pair", "length_norm": False,
+            "max_response_tokens": 64}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    sizes = {"sft": 1, "text_rl": 12, "caption_rl": 8, "mm_rl": 8, "heldout": 2}
+    toy_world.write_world(folder, seed=0, sizes=sizes, quiet=True)
+    return folder
+
+
+@pytest.fixture()
+def loaded():
+    torch.manual_seed(3)
+    model, encoder = common.load(toy_world.PREBUILT)
+    bt.add_head(model, dict(SETTINGS))
+    with torch.no_grad():  # larger scores, so that a wrong token is seen
+        model.reward_head[-1].weight.mul_(20)
+    return model, encoder
+
+
+def rows_of(world, name, encoder, settings=SETTINGS):
+    return bt.load_pairs(str(world / f"{name}.jsonl"), encoder, settings, bt.Config())
+
+
+# ------------------------------------------------------------------------------------ loss and head
+def test_loss_and_gradient_against_a_float64_loop():
+    # kills: r_w - r_l exchanged, (r_w - r_l)^2 in the regulariser, its factor 2 or its sign
+    chosen, rejected, lam = [2.5, -1.0, 0.3], [1.0, 3.5, 0.3], 0.07
+    c, r = (torch.tensor(x, requires_grad=True) for x in (chosen, rejected))
+    loss = bt.bt_loss(c, r, lam)
+    loss.sum().backward()
+    for i, (a, b) in enumerate(zip(chosen, rejected)):
+        wrong = 1 / (1 + math.exp(a - b))  # the probability of the other order
+        assert loss[i].item() == pytest.approx(-math.log(1 - wrong) + lam * (a + b) ** 2, rel=1e-5)
+        assert c.grad[i].item() == pytest.approx(-wrong + 2 * lam * (a + b), rel=1e-4)
+        assert r.grad[i].item() == pytest.approx(wrong + 2 * lam * (a + b), rel=1e-4)
+
+
+@pytest.mark.parametrize("layers, act, n", [(1, "silu", 7), (2, "tanh", 49), (5, "relu", 175)])
+def test_head(layers, act, n):
+    # kills: an activation after the last layer, a layer too many
+    head = bt.reward_head(6, layers, act).double()
+    assert sum(p.numel() for p in head.parameters()) == n
+    x = torch.randn(3, 6, dtype=torch.float64)
+    want = x
+    linear = [part for part in head if isinstance(part, torch.nn.Linear)]
+    f = {"silu": lambda v: v * v.sigmoid(), "tanh": torch.tanh, "relu": lambda v: v.clamp(min=0)}
+    for i, part in enumerate(linear):
+        want = want @ part.weight.T + part.bias
+        want = f[act](want) if i < layers - 1 else want
+    torch.testing.assert_close(head(x), want)
+
+
+@pytest.mark.parametrize("length_norm", [False, True])
+def test_packed_scores_equal_each_response_alone(world, loaded, length_norm):
+    # kills: last token off by one, padding's column, the neighbour seen, normalised by log(l)
+    model, encoder = loaded
+    model.settings["length_norm"] = length_norm
+    rows = rows_of(world, "mm_rl", encoder)[:4] + rows_of(world, "text_rl", encoder)[:2]
+    rows[-1] = {**rows[-1], "responses": ["red .", "it is red and it is blue , my dear .", "no"]}
+    rows[-2] = {**rows[-2], "responses": ["yes"]}
+    got = bt.score_all(model, encoder, rows, batch_size=4)
+    assert [len(s) for s in got] == [2, 2, 2, 2, 1, 3]
+    for row, scores in zip(rows, got):
+        (prompt, answers), = bt.candidates(row, encoder, model.settings)
+        for answer, score in zip(answers, scores):
+            media = {} if prompt.pixels is None else {"pixel_values": prompt.pixels}
+            with torch.no_grad():
+                hidden = model.model(input_ids=torch.tensor([prompt.ids + answer]),
+                                     **media).last_hidden_state[0, -1]
+                want = model.reward_head(hidden).item()
+            want /= math.log(len(answer) + 1) if length_norm else 1
+            assert score == pytest.approx(want, abs=2e-4) and answer[-1] == encoder.eos_id
+    assert max(map(max, got)) - min(map(min, got)) > 0.1  # the tolerance is a small one
+
+
+# ------------------------------------------------------------------------------------------- rows
+def test_reformulated_generation_rows_are_label_true_and_balanced(world, loaded):
+    # kills: the texts exchanged, no swap of the media, labels left behind
+    _, encoder = loaded
+    seen = []
+    rows = [r for r in rows_of(world, "mm_rl", encoder) if r["task"] == "image_generation"]
+    rows = [{**r, "label": "A", "media": r["media"][:: 1 if r["label"] == "A" else -1]}
+            for r in rows]  # as published sets are: the better one always first
+    better = {r["id"]: r["media"][0] for r in rows}
+    pixels = lambda path: encoder.encode("<image>", [path]).pixels[0]
+    for step in range(100):
+        for row in common.batch_of(rows, step, len(rows), seed=5):
+            (prompt, answers), = bt.candidates(row, encoder, SETTINGS)
+            says = encoder.decode(answers["AB".index(row["label"])])
+            first = says.startswith("Image 1 is better than Image 2")
+            assert first or says.startswith("Image 2 is better than Image 1")
+            torch.testing.assert_close(prompt.pixels[0 if first else 1], pixels(better[row["id"]]))
+            assert row["prompt"] in encoder.decode(prompt.ids)
+            seen.append(first)
+    assert 0.4 < sum(seen) / len(seen) < 0.6
+
+
+def test_swapped_generation_rows_score_the_text_given_the_medium(world, loaded):
+    # kills: both media in one prompt, B's medium first
+    _, encoder = loaded
+    row = [r for r in rows_of(world, "mm_rl", encoder) if r["task"] == "video_generation"][0]
+    parts = bt.candidates(row, encoder, {**SETTINGS, "t2i": "swap"})
+    for (prompt, answers), path in zip(parts, row["media"]):
+        want = encoder.encode("<video>", [path], video=True).pixels
+        torch.testing.assert_close(prompt.pixels, want)
+        assert [encoder.decode(a) for a in answers] == [row["prompt"]]
+    assert len(parts) == 2
+
+
+def test_pairs_that_a_limit_makes_equal_are_left_out_and_counted(tmp_path, loaded, capsys):
+    # kills: compared before the cut, a cut that takes the end-of-sequence token
+    _, encoder = loaded
+    rows = [{"id": str(i), "task": "text", "prompt": "say", "label": "A", "media": [],
+             "responses": [a, b]}
+            for i, (a, b) in enumerate([("it is red .", "it is red !"), ("red .", "blue ."),
+                                        ("red", "red")])]
+    common.write_lines(tmp_path / "rows.jsonl", rows)
+    kept = bt.load_pairs(str(tmp_path / "rows.jsonl"), encoder,
+                         {**SETTINGS, "max_response_tokens": 4}, bt.Config())
+    assert [r["id"] for r in kept] == ["1"] and "2 rows left out" in capsys.readouterr().out
+    (_, answers), = bt.candidates(rows[0], encoder, {**SETTINGS, "max_response_tokens": 4})
+    assert len(answers[0]) == 4 and answers[0][-1] == encoder.eos_id
+
+
+def test_length_balance():
+    # kills: longer by position instead of by label, nothing dropped, equals dropped
+    text = {1: ["long text", "x"], -1: ["x", "long text"], 0: ["same", "size"]}
+    sides = [1] * 7 + [-1] * 3 + [0] * 2
+    rows = [{"id": i, "responses": text[s][:: 1 if i % 2 else -1], "label": "BA"[i % 2]}
+            for i, s in enumerate(sides)]
+    rows.append({"id": 12, "responses": None, "label": "A"})
+    kept = bt.balanced(rows, seed=0)
+    assert sorted(sides[r["id"]] for r in kept if r["id"] < 12) == [-1] * 3 + [0] * 2 + [1] * 3
+    assert len({r["id"] for r in kept}) == 9 and 12 in {r["id"] for r in kept}
+
+
+# --------------------------------------------------------------------------------------- curation
+@pytest.mark.parametrize("strengths, want", [
+    ([3, -1, -5, -2, 0, -4], {2, 5}), ([-1, -3, -2], {1}), ([-1], set()), ([1, 2, 0], set())])
+def test_the_lower_half_of_the_negatives_is_flipped(strengths, want):
+    # kills: the upper half, half of all rows, rounding up
+    assert bt.to_flip(strengths) == want
+
+
+def fake_models(monkeypatch, scores, verdicts):
+    """scores {model: {id: (a, b)}} and verdicts {judge: {id: (pred in AB, pred in BA)}}."""
+    monkeypatch.setattr(bt, "load", lambda folder, *_, **__: (folder, None))
+    monkeypatch.setattr(common, "load", lambda folder, *_, **__: (folder, None))
+    monkeypatch.setattr(bt, "score_rows", lambda model, _, rows, *more: [
+        scores[model][r["id"]] for r in rows])
+    monkeypatch.setattr(common, "judge", lambda model, _, rows, *more, **kind: [
+        {"row": i, "pred": p} for i, r in enumerate(rows) for p in verdicts[model][r["id"]]])
+
+
+def test_curation_by_hand(tmp_path, monkeypatch):
+    # kills: a flip by one model's score, over all sources at once, step 2 by the given label,
+    # judges that see agreed rows, ties kept, None among the votes, the majority's other side
+    ids = "flip weak fine other worst none turn even also".split()
+    rows = [{"id": i, "task": "text", "label": "A", "media": [], "rationale": "A",
+             "source": "two" if i == "other" else "one"} for i in ids]
+    margins = {"own": {"flip": -4, "weak": -1, "fine": 2, "other": -9, "worst": -1, "none": -1.5,
+                       "turn": -2, "even": -1, "also": -3},
+               "peer": {"flip": -6, "weak": -1.5, "fine": -1, "other": -9, "worst": -2, "none": -1,
+                        "turn": 1, "even": 0.3, "also": -3}}
+    scores = {m: {i: (d + 7, 7) for i, d in of.items()} for m, of in margins.items()}
+    verdicts = {"j1": {"weak": "AA", "other": "BB", "even": "AB", "none": [None, None],
+                       "turn": ["B", None]},
+                "j2": {"weak": "AB", "other": "AB", "even": "BA", "none": [None, None],
+                       "turn": ["B", "A"]}}
+    fake_models(monkeypatch, scores, verdicts)
+    cfg = SimpleNamespace(frames=8, max_tiles=12, eval_batch=4, judge_tokens=9)
+    kept = bt.curate(rows, ["own", "peer"], "own", ["j1", "j2"], cfg, "cpu", tmp_path)
+    # margins in source one: -5 -3 -1.5 | -1.25 -1.25 -.5 -.35: of seven negatives three are flipped
+    fate = {r["id"]: (r["label"], r["curation"]["flipped"], r["curation"]["fate"])
+            for r in kept + lines(tmp_path / "dropped.jsonl")}
+    assert fate == {"flip": ("B", True, "agreed"), "fine": ("A", False, "agreed"),
+                    "worst": ("B", True, "agreed"), "also": ("B", True, "agreed"),
+                    "weak": ("A", False, "re-annotated"), "even": ("A", False, "dropped: tie"),
+                    "other": ("B", False, "re-annotated"), "turn": ("B", False, "re-annotated"),
+                    "none": ("A", False, "dropped: no verdict")}
+    assert {r["id"]: r["rationale"] for r in kept} == {
+        i: "A" if i in ("weak", "fine") else None for i in ids if i not in ("none", "even")}
+    assert [r["curation"]["votes"] for r in kept if r["id"] == "turn"] == [{"B": 2, "A": 1}]
+    summary = json.loads((tmp_path / "curation.json").read_text())
+    assert (summary["rows"], summary["flipped"], summary["kept"]) == (9, 3, 7)
+    # again: nothing is scored anew; other rows are refused
+    monkeypatch.setattr(bt, "score_rows", None)
+    monkeypatch.setattr(common, "judge", None)
+    assert bt.curate(rows, ["own", "peer"], "own", ["j1", "j2"], cfg, "cpu", tmp_path) == kept
+    with pytest.raises(SystemExit, match="other rows"):
+        bt.curate(rows[1:], ["own", "peer"], "own", [], cfg, "cpu", tmp_path)
+
+
+def test_killed_scoring_goes_on_where_it_was(tmp_path):
+    # kills: done rows worked again, a torn line kept
+    rows = [{"id": str(i)} for i in range(10)]
+    worked = []
+
+    def work(some, fail_at=99):
+        worked.extend(r["id"] for r in some)
+        if "6" in worked and fail_at == 6:
+            raise KeyboardInterrupt
+        return [int(r["id"]) ** 2 for r in some]
+
+    with pytest.raises(KeyboardInterrupt):
+        bt.resumed(tmp_path / "x.jsonl", "m", rows, lambda some: work(some, 6), chunk=3)
+    with open(tmp_path / "x.jsonl", "a") as f:
+        f.write('[3')
+    worked.clear()
+    assert bt.resumed(tmp_path / "x.jsonl", "m", rows, work, chunk=3) == [i * i for i in range(10)]
+    assert worked == ["6", "7", "8", "9"]
+
+
+def test_planted_noise_is_found(tmp_path, monkeypatch):
+    # kills: flips that change no label, judges' majority ignored
+    rng = random.Random(1)
+    true = {str(i): rng.choice("AB") for i in range(600)}
+    rows = [{"id": i, "task": "text", "media": [],
+             "label": bt.OTHER[t] if rng.random() < 0.3 else t} for i, t in true.items()]
+    noisy = lambda sigma: {i: (rng.gauss(1 if t == "A" else -1, sigma), 0) for i, t in true.items()}
+    scores = {m: noisy(1.2) for m in ("a", "b", "c")}
+    verdicts = {"j": {i: [t if rng.random() < 0.85 else bt.OTHER[t] for _ in "12"]
+                      for i, t in true.items()}}
+    fake_models(monkeypatch, scores, verdicts)
+    cfg = SimpleNamespace(frames=8, max_tiles=12, eval_batch=4, judge_tokens=9)
+    kept = bt.curate(rows, list("abc"), "a", ["j"], cfg, "cpu", tmp_path)
+    right = lambda some: sum(r["label"] == true[r["id"]] for r in some) / len(some)
+    assert right(rows) < 0.75 and right(kept) > 0.9 and len(kept) > 500
+    turned = [r for r in kept if r["curation"]["flipped"] and r["curation"]["fate"] == "agreed"]
+    assert len(turned) > 50 and right(turned) > 0.9
+
+
+# ------------------------------------------------------------------------------- rewards for others
+def test_schemes_for_a_group(monkeypatch):
+    # kills: hybrid without the sigmoid, a match scored by the model
+    monkeypatch.setattr(bt, "score_batch", lambda m, e, rows: torch.tensor([4.0, -1.0, 0.5]))
+    get = lambda scheme, ref="red .": bt.group_rewards(None, None, {}, ["a", " red .", "b"], scheme,
+                                                       ref)
+    assert get("rule") == [0, 1, 0] and get("model") == [4, -1, 0.5]
+    assert get("hybrid") == pytest.approx([0.9820138, 1.0, 0.6224593])
+    assert get("hybrid", None) == pytest.approx([0.9820138, 0.2689414, 0.6224593])
+
+
+# --------------------------------------------------------------------------- debiased construction
+def scored(*scores, weights=(0.5, 0.1, 0.1, 0.1, 0.1, 0.1)):
+    return "So: " + json.dumps([{"weights": weights, "scores": s} for s in scores]) + " ."
+
+
+@pytest.mark.parametrize("text, n, want", [
+    (scored([10, 0, 5, 5, 10, 10], [2, 2, 2, 2, 2, 2]), 2, [8.0, 2.0]),
+    (scored([10, 0, 5, 5, 10, 10]), 2, None), (scored([10, 0, 5, 5, 10, 11]), 1, None),
+    (scored([10, 0, 5, 5, 10]), 1, None), (scored([1.5] * 6), 1, None), ("no scores", 1, None),
+    (scored([1] * 6, weights=[0.2] * 6), 1, None), ('[{"weights": 3}]', 1, None)])
+def test_overall_score_by_hand(text, n, want):
+    # kills: unweighted mean, weights that do not sum to 1 taken, fractions taken
+    assert bt.overall(text, n) == (want and pytest.approx(want))
+
+
+def test_pairs_on_which_both_ways_of_scoring_agree():
+    # kills: one of the two, ties taken, the order exchanged
+    assert bt.agreed([3, 2, 2, 1], [5, 6, 4, 1]) == [(0, 2), (0, 3), (1, 3), (2, 3)]
+
+
+@pytest.mark.parametrize("quality, done, n", [
+    ({"one": 9, "two": 3, "three": 6}, "as they were", 3), ({"one": 2, "two": 1}, "all low", 1),
+    ({"one": 9, "two": 8}, "all high", 1), ({"one": 9, "two": None}, "malformed scores", 0)])
+def test_construction_with_a_teacher_by_hand(monkeypatch, loaded, world, quality, done, n):
+    # kills: new answers not scored, noise for everybody, better and worse exchanged, the reference
+    # given to the noised
+    model, encoder = loaded
+    row = [r for r in rows_of(world, "mm_rl", encoder) if r["task"] == "image_understanding"][0]
+    row = {**row, "reference": "it is red .", "responses": list(quality)}
+    clean = encoder.encode("<image>", row["media"]).pixels
+    quality = {**quality, "good": 7, "bad": 1}
+    asked = []
+
+    def sample(model, encoder, prompts, n, *_):
+        texts = []
+        for p in prompts:
+            said = encoder.decode(p.ids)
+            shown = [q for q in quality if f":\n{q}" in said]
+            noised = not torch.equal(p.pixels, clean)
+            if "Human-Generated" in said:
+                assert not noised and "it is red ." in said
+                order = sorted(shown, key=lambda q: said.index(f":\n{q}"))
+                texts.append("hm" if None in [quality[q] for q in order] else
+                             scored(*[[quality[q]] * 6 for q in order]))
+            else:
+                asked.append((noised, "it is red ." in said))
+                texts += ["bad" if noised else "good"] * n
+        return SimpleNamespace(ids=texts)
+
+    monkeypatch.setattr(bt, "sample_group", sample)
+    monkeypatch.setattr(encoder, "decode", lambda ids: ids if isinstance(ids, str) else
+                        encoder.tokenizer.decode(ids))
+    cfg = SimpleNamespace(seed=0, candidates=["c"], teacher="t", samples=2, judge_tokens=9, low=5,
+                          high=8, noise=1.0)
+    pairs, what = bt.pairs_of(row, {"c": loaded, "t": loaded}, cfg)
+    assert (what, len(pairs)) == (done, n)
+    assert asked == {"all low": [(False, True)], "all high": [(True, False)]}.get(done, [])
+    for pair in pairs:
+        better, worse = pair["responses"][:: 1 if pair["label"] == "A" else -1]
+        assert quality[better] > quality[worse] and pair["media"] == row["media"]
+        common.check_row(pair, ".")
+
+
+# ------------------------------------------------------------------------------------- whole runs
+def flags(world, out, **more):
+    args = {"model": toy_world.PREBUILT, "data": f"{world}/text_rl.jsonl,{world}/mm_rl.jsonl",
+            "heldout": f"{world}/heldout_text.jsonl", "out": out, "batch_size": 4,
+            "micro_batch": 2, "epochs": 1, "lr": 2e-4, **more}
+    return [str(x) for k, v in args.items() for x in (f"--{k}", v)]
+
+
+def test_a_run_its_resumption_and_two_processes_agree(world, tmp_path, monkeypatch):
+    # kills: mean over micro-batches instead of rows, head not in the saved state, no gather
+    run_here(bt.main, flags(world, tmp_path / "whole"))
+    stop, real = 3, common.save_state
+
+    def save_and_stop(out, model, optimizer, step, *args, **kind):
+        real(out, model, optimizer, step, *args, **kind)
+        if step == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "save_state", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_here(bt.main, flags(world, tmp_path / "parts", save_every=3))
+    stop = -1
+    run_here(bt.main, flags(world, tmp_path / "parts", save_every=3))
+    torchrun(["bt_reward.py", *flags(world, tmp_path / "two")])
+    for name in ("model.safetensors", "reward_head.safetensors"):
+        want = load_file(tmp_path / "whole" / name)
+        for other, tol in (("parts", 0), ("two", 1e-4)):
+            got = load_file(tmp_path / other / name)
+            assert got.keys() == want.keys() and not any("reward_head" in k for k in got)
+            for k in want:
+                torch.testing.assert_close(got[k], want[k], rtol=0, atol=tol)
+    logs = [lines(tmp_path / x / "metrics.jsonl") for x in ("whole", "parts", "two")]
+    for a, b, c in zip(*logs, strict=True):
+        assert a["loss"] == b["loss"] == pytest.approx(c["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(c["grad_norm"], rel=1e-3)  # Adam hides its scale
+        assert sum(t["n"] for t in c["tasks"].values()) == 4
+
+    info = json.loads((tmp_path / "whole" / "stage.json").read_text())
+    assert info["stage"] == "bt_reward"
+    # plain transformers loads it, and its scores are those of the run
+    model, encoder = bt.load(tmp_path / "whole")
+    rows = rows_of(world, "heldout_text", encoder)
+    scores = bt.score_rows(model, encoder, rows)
+    for name in ("accuracy", "margin", "chosen", "rejected"):
+        assert bt.describe(rows, scores)[name] == pytest.approx(info["heldout"]["after"][name],
+                                                                abs=1e-5)
+    items = [{**r, "response": r["responses"][1]} for r in rows]
+    assert bt.score_texts(model, encoder, items) == pytest.approx([b for _, b in scores], abs=1e-4)
+    with pytest.raises(SystemExit, match="swap"):
+        bt.score_texts(model, encoder, [{"task": "image_generation", "prompt": "x", "media": []}])
+    with pytest.raises(SystemExit, match="no reward model"):
+        bt.load(toy_world.PREBUILT)
