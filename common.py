@@ -952,7 +952,8 @@ def checked(raw, where, folder, encoder, form):
         raise raw
     for row in convert(raw, where.rpartition(":")[2].strip("[]")):
         row = check_row(row, folder, tuple(dict.fromkeys(FORBIDDEN + encoder.special_tokens)))
-        yield {**row, "tokens": encoder.check(row, form)}
+        row["tokens"] = encoder.check(row, form)
+        yield row
 
 
 def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_rows=False,
