@@ -958,7 +958,7 @@ def judge_with(say, rows, **more):
 
     def encoder(row, form):
         return common.render(row, form)
-    encoder.decode = lambda ids: ids
+    encoder.decode, encoder.style = lambda ids: ids, "msrl"
     return common.judge(torch.nn.Linear(1, 1), encoder, rows, sample, **more), calls
 
 
