@@ -379,3 +379,46 @@ def test_a_run_its_resumption_and_two_processes_agree(world, tmp_path, monkeypat
         bt.score_texts(model, encoder, [{"task": "image_generation", "prompt": "x", "media": []}])
     with pytest.raises(SystemExit, match="no reward model"):
         bt.load(toy_world.PREBUILT)
+
+
+def test_iterations_train_and_curate_in_turns(world, tmp_path, monkeypatch):
+    # DT2IT 3.3's five steps, twice. kills: the old model re-annotating, all open rows in the first
+    # iteration, the curated rows without those before, the voters used in step 4
+    calls = []
+
+    def train(cfg, device, out, rows):
+        out.mkdir(parents=True)
+        (out / "stage.json").write_text("{}")
+        calls.append((out.name, len(rows)))
+
+    def curate(rows, voters, own, judges, cfg, device, out):
+        calls.append((out.name, len(rows), [getattr(v, "name", v) for v in voters], own.name))
+        return rows[:-1]  # each curation drops a row
+    monkeypatch.setattr(bt, "train", train)
+    monkeypatch.setattr(bt, "curate", curate)
+    cfg = bt.Config(model=str(toy_world.PREBUILT), data=str(world / "text_rl.jsonl:7"), heldout="",
+                    curate=str(world / "text_rl.jsonl"), iterations=2, models=["other"],
+                    out=str(tmp_path))
+    bt.iterate(cfg, "cpu")
+    assert calls == [("0-model", 7),
+                     ("1-new", 6, ["0-model", "other"], "0-model"), ("1-first", 12),
+                     ("1-all", 12, [], "1-first"), ("1-model", 11),
+                     ("2-new", 6, ["1-model", "other"], "1-model"), ("2-first", 16),
+                     ("2-all", 16, [], "2-first"), ("2-model", 15)]
+    trained = [c for c in calls if len(c) == 2]
+    bt.iterate(cfg, "cpu")  # what is trained already is not trained again
+    assert [c for c in calls if len(c) == 2] == trained
+
+
+def test_construction_runs_with_checkpoints(world, tmp_path):
+    # The toy model cannot score, so every row ends as malformed: what is written says so.
+    common.write_lines(tmp_path / "prompts.jsonl", [
+        {"id": "q1", "task": "text", "prompt": "thing of ann ?", "media": [], "reference": "a disc"},
+        {"id": "q2", "task": "image_understanding", "prompt": "thing of left ?",
+         "media": [str(world / lines(world / "mm_rl.jsonl")[0]["media"][0])],
+         "reference": "a disc", "responses": ["a ring", "a disc"]}])
+    run_here(bt.main, ["--construct", tmp_path / "prompts.jsonl", "--teacher", toy_world.PREBUILT,
+                       "--candidates", toy_world.PREBUILT, "--samples", 2, "--judge_tokens", 5,
+                       "--out", tmp_path / "out"])
+    assert lines(tmp_path / "out" / "pairs.jsonl") == []
+    assert [x[1] for x in lines(tmp_path / "out" / "groups.jsonl")[1:]] == ["malformed scores"] * 2
