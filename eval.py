@@ -67,12 +67,14 @@ def read_predictions(path, rows):
         try:
             for p in verdicts(raw):
                 fits = of_id.get(str(p.get("id")), set())
-                if "row" in p:
+                if p.get("row") is not None:
                     fits = fits & {p["row"]}
                 if len(fits) != 1:
                     raise BadRow(f"with id {p.get('id')!r}, row {p.get('row')} fits {len(fits)} "
                                  'rows of --data; where ids repeat, "row" is their index there')
                 p["row"], = fits
+                if (p["row"], None, None) in place:  # no RM-Bench: their own "i" means nothing here
+                    p.pop("i", None), p.pop("j", None)
                 if key_of(p) not in place:
                     raise BadRow("needs 'i' and 'j' in 0-2, or 'chosen' and 'rejected' scores")
                 p["at"] = place[key_of(p)]
@@ -95,15 +97,19 @@ def verdicts(raw):
         raise raw if isinstance(raw, BadRow) else BadRow("is not a JSON object")
     p = {**raw, "order": raw.get("order") or "AB", "sample": raw.get("sample") or 0}
     try:
-        if "chosen" in p:
+        if "chosen" in p and "pred" not in p:
             better, worse = p.pop("chosen"), p.pop("rejected")
+            if len(better) != 3 or len(worse) != 3:  # 10: RM-Bench's three styles
+                raise ValueError
             return [verdict for i, a in enumerate(better) for j, b in enumerate(worse)
                     for verdict in verdicts({**p, "i": i, "j": j, "score_a": a, "score_b": b})]
         if p.get("score_a") is not None:
             p |= {"score_a": float(p["score_a"]), "score_b": float(p["score_b"])}
+            if not math.isfinite(p["score_a"] + p["score_b"]):
+                raise ValueError
             p.setdefault("pred", larger(p["score_a"], p["score_b"]))
     except (KeyError, TypeError, ValueError):
-        raise BadRow("has scores that are no numbers, or only one of the two")
+        raise BadRow("has scores that are no numbers, only one of the two, or not three of each")
     if p.get("pred", "missing") not in ("A", "B", *TIES, None):
         raise BadRow(f"has pred {p.get('pred', 'missing')!r}; write 'A', 'B' or null (also 'tie', "
                      "'bothbad' for GenAI-Bench), or score_a and score_b")
@@ -144,9 +150,9 @@ def margin(judged):
 
 def soft_points(label, judged):
     m = margin(judged)
-    if m is None or abs(m) < 1e-9:  # equal within rounding: a tied vote
-        return 0.0 if m is None else 0.5
-    return float((m > 0) == (label == "A"))
+    if m is None or label not in ("A", "B"):
+        return 0.0
+    return 0.5 if abs(m) < 1e-9 else float((m > 0) == (label == "A"))  # equal: a tied vote
 
 
 def score(rows, preds, benchmark="rows", style="msrl"):
@@ -171,13 +177,14 @@ def score(rows, preds, benchmark="rows", style="msrl"):
     result = {
         "overall": overall, "macro": macro, "groups": {c: v for c, (v, _) in columns.items()},
         "n": column(rows, x, counted)[1], "group_n": {c: n for c, (_, n) in columns.items()},
-        "unparsable": sum(p["pred"] is None for p in preds) / len(preds),
+        "unparsable": sum(p["pred"] is None and p.get("score_a") is None
+                          for p in preds) / len(preds),
         "missing": sum(not judged[k] for k in counted),
         "order_flips": sum(a != b for a, b in both) / len(both) if both else 0.0,
         "interval": common.wilson(overall, effective_n(rows, x, counted)), "accuracy": overall,
         "share_a": sum((p["pred"] == "A") == (p["order"] == "AB")
                        for p in said) / max(1, len(said)),
-        "format": sum(common.parse(p.get("text") or "", style).well_formed
+        "format": sum(common.parse(str(p.get("text") or ""), style).well_formed
                       for p in preds) / len(preds)}
     if any(p.get("score_a") is not None for p in preds):
         soft = [soft_points(r["label"], sum(j.values(), [])) for r, j in zip(rows, judged)]
@@ -325,9 +332,13 @@ def compare(rows, xa, xb):
     n = len(questions)
     half = 1.96 * math.sqrt(spread * n / max(1, n - 1)) / total
     first, second = (sum(s * d[k] > 0 for k in counted) for s in (1, -1))
-    tail = sum(math.comb(first + second, i) for i in range(min(first, second) + 1))
+    ways = tail = 1  # binomial coefficients one from the other: exact, and fast for 20,000 rows
+    for i in range(min(first, second)):
+        ways = ways * (first + second - i) // (i + 1)
+        tail += ways
     return {"difference": difference, "interval": [difference - half, difference + half],
-            "first_better": first, "second_better": second, "n": n,
+            "first_better": first, "second_better": second, "n": len(counted),
+            "questions": n,
             "mcnemar_p": min(1.0, 2 * tail / 2 ** (first + second))}
 
 
@@ -515,9 +526,11 @@ def read_benchmark(name, source, split=None, media=False, skip_bad_rows=False):
     """-> all rows, those that do not count included, so that "row" is the index in the file."""
     if name == "rows":  # their columns are the subsets, or the tasks. Reading needs no model yet
         nobody = SimpleNamespace(special_tokens=(), check=lambda row, form: 0)
-        return [{"part": r.get("subset") or r["task"], **r, "row": n, "weight": 1,
-                 "cluster": f"row {n}"} for n, r in enumerate(common.load_rows(
-                     source, nobody, skip_bad_rows=skip_bad_rows))]
+        loaded = common.load_rows(source, nobody, skip_bad_rows=skip_bad_rows)
+        own = ("i", "j", "part", "row", "weight", "cluster")  # a user's keys of these names
+        return [{**{k: v for k, v in r.items() if k not in own}, "part": r.get("subset")
+                 or r["task"], "row": n, "weight": 1, "cluster": f"row {n}"}
+                for n, r in enumerate(loaded)]
     reader, published, config, default, file = BENCHMARKS[name]
     split, rows, n = split or default, [], 0
     for path in files_of(source, file.format(config=config, split=split)):
@@ -571,7 +584,7 @@ def raw_rows(path, config, split):
         yield from common.raw_rows(path, config=config, split=split)
         return
     try:
-        with open(path, newline="", encoding="utf-8") as f:
+        with open(path, newline="", encoding="utf-8-sig") as f:
             for n, row in enumerate(csv.DictReader(f), 2):
                 yield f"{path}:{n}", row
     except (OSError, UnicodeDecodeError, csv.Error) as e:
@@ -721,6 +734,11 @@ def opened(out, args):
     free = ("out", "json", "report", "report_rows", "runs", "batch_size", "aggregate", "grouping",
             "score", "table", "toy")
     settings = {k: v for k, v in vars(args).items() if k not in free}
+    # the same names may hold other rows by now, or a judge that was trained further
+    used = [args.data, args.rank, *(Path(m, f) for m in args.model for f in (
+        "stage.json", "model.safetensors"))]
+    settings["files"] = [[str(p), Path(p).stat().st_size, Path(p).stat().st_mtime]
+                         for p in used if p and Path(p).is_file()]
     beside = Path(out).with_suffix(".settings.json")
     if not Path(out).exists():
         if common.rank() == 0:
@@ -837,7 +855,10 @@ def ranked_pairwise(sets, loaded, args, out):
     fit = win_rates if args.aggregate == "win_rate" else bradley_terry
     for s, some in zip(sets, pairs):
         games = [(*p, shares[s["row"], *p]) for p in some if (s["row"], *p) in shares]
-        yield *fit(len(s["candidates"]), games), 2 * len(some) * args.votes
+        rewards, errors = fit(len(s["candidates"]), games)
+        met = {k for i, j, _ in games for k in (i, j)}
+        known = lambda x: [v if k in met else None for k, v in enumerate(x)]
+        yield known(rewards), known(errors), 2 * len(games) * args.votes
 
 
 def shares_of(preds):
@@ -873,7 +894,8 @@ def rank_candidates(args):
     lines = []
     for s, (rewards, errors, n) in zip(sets, ranked_by_score(sets, loaded, args) if is_reward_model(
             args.model[0]) else ranked_pairwise(sets, loaded, args, out)):
-        best_first = sorted(range(len(rewards)), key=lambda c: -rewards[c])  # equal: as in the file
+        best_first = sorted(range(len(rewards)), key=lambda c: (  # equal: as in the file
+            rewards[c] is None, -(rewards[c] or 0)))              # never judged: last
         lines.append({"id": s["id"], "rewards": rewards, "standard_errors": errors,
                       "ranking": best_first, "best": best_first[0], "judgements": n})
     if common.rank() == 0:
@@ -910,7 +932,8 @@ def esc(x):
 
 def line_chart(title, lines, width=320, height=180):
     """{name: [(x, y)]} -> SVG"""
-    lines = {n: [p for p in some if math.isfinite(p[1])] for n, some in lines.items()}
+    lines = {n: [p for p in some if isinstance(p[1], (int, float)) and math.isfinite(p[1])]
+             for n, some in lines.items()}
     xs, ys = ([p[k] for some in lines.values() for p in some] for k in (0, 1))
     if not xs:
         return ""
@@ -985,7 +1008,9 @@ def write_report(path, title, results, rows, x, preds, runs, limit):
         page += "</p>" + line_chart("accuracy against the number of votes", {
             f"{c}@k": [(int(k), v) for k, v in result.get(c, {}).items()] for c in ("vote", "any")})
     page += "<h2>Learning curves</h2>" * bool(runs) + learning_curves(runs)
-    flips = [len({p["pred"] for p in some if p["pred"]}) > 1 for some in by_row]
+    said = [[majority([p["pred"] for p in some if p["order"] == o]) for o in ("AB", "BA")]
+            for some in by_row]
+    flips = [len(a) == len(b) == 1 and a != b for a, b in said]
     order = sorted((k for k, r in enumerate(rows) if r["label"]),
                    key=lambda k: (not flips[k], x[k]))
     page += f"<h2>Rows: flips and failures first, {min(limit, len(order))} of {len(order)}</h2>\n"
