@@ -23,6 +23,7 @@ Shapes: b rows within a micro-batch, G responses to a prompt, N scores, L tokens
 import json
 import math
 import random
+import re
 import time
 import zlib
 from collections import Counter
@@ -72,11 +73,11 @@ class Config:
         "better (DT2IT Eq. 3). 'swap': the medium is the prompt and the text the response "
         "(Omni-Reward, Eq. 2); scores single candidates, too")
     freeze_vision: bool = knob(False, "freeze vision tower and projector (DT2IT's script: yes)")
-    epochs: int = knob(3, "passes over the rows (papers: 1)")
-    batch_size: int = knob(16, "rows an optimiser step, over all processes (MSRL, BaseReward: 128; "
+    epochs: int = knob(10, "passes over the rows (papers: 1)")
+    batch_size: int = knob(32, "rows an optimiser step, over all processes (MSRL, BaseReward: 128; "
                            "DT2IT: 512)")
-    micro_batch: int = knob(4, "rows a forward; changes memory, not the gradient")
-    lr: float = knob(3e-4, "AdamW; warm-up over 10 %% of the steps, then a cosine to 0 (DT2IT). "
+    micro_batch: int = knob(8, "rows a forward; changes memory, not the gradient")
+    lr: float = knob(5e-4, "AdamW; warm-up over 10 %% of the steps, then a cosine to 0 (DT2IT). "
                      "MSRL, DT2IT: 1e-5; BaseReward: 3e-6")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     max_prompt_tokens: int = knob(2048, "rows with a longer prompt are skipped and counted")
@@ -115,7 +116,7 @@ class Config:
 # and 3 together, at 1e-5 and 128
 PAPER = dict(model="OpenGVLab/InternVL3_5-8B-HF", heldout="", epochs=1, batch_size=128, lr=1e-5,
              data=common.TABLE_5.format(13000, 5000, 5219, 6666, 5000, 4595), micro_batch=1,
-             max_prompt_tokens=8192, gradient_checkpointing=True)
+             max_prompt_tokens=8192, judge_tokens=2048, gradient_checkpointing=True)
 
 
 # ------------------------------------------------------------------------------------------- model
@@ -206,8 +207,9 @@ def load_pairs(sources, encoder, settings, cfg, exclude=""):
             raise common.BadRow("has no media; a reward model reads no captions")
         parts = candidates(row, encoder, settings)
         answers = [ids for _, group in parts for ids in group]
-        row["same"] = len(set(row["media"])) == 1 if row["task"].endswith("generation") else \
-            answers[0] == answers[1]
+        swapped = row["task"].endswith("generation") and settings["t2i"] == "swap"
+        row["same"] = len({*row["media"]}) == 1 if swapped else answers[0] == answers[1] or \
+            row["task"].endswith("generation") and len({*row["media"]}) == 1
         return max(len(prompt.ids) for prompt, _ in parts)
 
     # load_rows() wants no more of an encoder than this
@@ -355,7 +357,7 @@ def train(cfg, device, out, rows=None):
         began = time.time()
         batch = common.batch_of(rows, step, cfg.batch_size, cfg.seed)[mine]
         batch.sort(key=lambda row: row["tokens"])  # alike lengths together: less padding
-        done = (step + 1 - warmup) / max(1, steps - warmup)
+        done = (step - warmup) / max(1, steps - warmup)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * ((step + 1) / warmup if done <= 0 else
                                     0.5 + 0.5 * math.cos(math.pi * done))
@@ -407,7 +409,8 @@ def save(out, model, encoder, cfg, step, heldout):
 def resumed(path, made_by, rows, work, chunk=256):
     """work(some rows) -> one JSON value a row. What is done stays in `path`, so a killed run goes
     on there. -> the values of all rows."""
-    mark = [str(made_by), zlib.crc32("\n".join(r["id"] for r in rows).encode())]
+    content = [[r.get(k) for k in ("id", "prompt", "responses", "media")] for r in rows]
+    mark = [str(made_by), zlib.crc32(json.dumps(content).encode())]
     was, *done = common.whole_lines(path) or [mark]
     if was != mark:
         raise SystemExit(f"{path} was made by {was[0]}, or of other rows. Delete it, or take "
@@ -420,6 +423,7 @@ def resumed(path, made_by, rows, work, chunk=256):
         if common.rank() == 0:
             for value in some:
                 common.append(path, value)
+    common.gather_list([])  # nobody reads this file again before it is whole
     return done
 
 
@@ -510,7 +514,9 @@ def iterate(cfg, device):
     step = lambda t, name: Path(cfg.out, f"{t}-{name}")
 
     def trained(rows, out):
-        if not Path(out, "stage.json").exists():
+        if Path(out, "stage.json").exists():
+            common.open_run(out, cfg)  # refuses a run of other settings
+        else:
             train(cfg, device, out, rows)
         return out
 
@@ -560,7 +566,7 @@ End with a JSON list, one object a response: \
 def overall(text, n):
     """The teacher's text on n responses -> their weighted scores S, or None if it is malformed."""
     try:
-        found = json.loads(text[text.index("[{"):text.rindex("}]") + 2])
+        found = json.loads(re.search(r"\[\s*\{.*\}\s*\]", text, re.DOTALL)[0])
         fine = len(found) == n and all(
             len(x["weights"]) == len(x["scores"]) == 6 and abs(sum(x["weights"]) - 1) < 0.01
             and min(x["weights"]) >= 0 and set(x["scores"]) <= set(range(11)) for x in found)
@@ -619,10 +625,20 @@ def pairs_of(row, models, cfg):
     pointwise = scores([[r] for r in responses])                                       # step 5
     if listwise is None or None in pointwise:  # DEVIATION: the released script tries 3 times
         return [], "malformed scores"
-    return [common.better_first(f"{row['id']}/{i}-{j}", row["prompt"], responses[i], responses[j],
-                                row["task"], row["media"], source="constructed")
-            for i, j in agreed(listwise, [p[0] for p in pointwise])
-            if responses[i] != responses[j]], done
+    pairs = [common.better_first(f"{row['id']}/{i}-{j}", row["prompt"], responses[i], responses[j],
+                                 row["task"], row["media"], source="constructed")
+             for i, j in agreed(listwise, [p[0] for p in pointwise])
+             if responses[i] != responses[j]]
+    return [p for p in pairs if usable(p, models)], done
+
+
+def usable(pair, models):
+    """Not if an answer is empty, or holds a tag or special token: training would refuse it."""
+    special = [t for _, encoder in models.values() for t in encoder.special_tokens]
+    try:
+        return bool(common.check_row(pair, "", (*common.FORBIDDEN, *special)))
+    except common.BadRow:
+        return False
 
 
 def construct(cfg, device):
@@ -637,9 +653,15 @@ def construct(cfg, device):
                     str(raw.get("task")).endswith("generation"):
                 raise common.BadRow("needs a 'reference' text and a task that is no generation")
             texts = raw.get("responses") or []
+            if not isinstance(texts, list):
+                raise common.BadRow("has 'responses' that are no list")
             for text in [*texts, raw["reference"]]:
                 row = common.check_row({**raw, "label": "A", "responses": [text, text]},
                                        Path(cfg.construct).resolve().parent)
+            if len(row["media"]) != common.N_MEDIA[row["task"]]:
+                raise common.BadRow("has no media; the teacher reads no captions")
+            for path in row["media"]:  # now, not in the middle of the run
+                common.open_video(path, 1) if "video" in row["task"] else common.open_image(path)
             rows.append({**row, "responses": texts})
         except common.BadRow as e:
             raise SystemExit(f"{where}: row {e}.")
@@ -652,7 +674,7 @@ def construct(cfg, device):
         return [x for _, x in sorted(common.gather_list(found), key=lambda x: x[0])]
 
     made_by = {k: getattr(cfg, k) for k in ("teacher", "candidates", "samples", "low", "high",
-                                            "noise", "judge_tokens", "seed")}
+                                            "noise", "judge_tokens", "seed", "frames", "max_tiles")}
     found = resumed(out / "groups.jsonl", made_by, rows, work, chunk=16)
     if common.rank() == 0:
         common.write_lines(out / "pairs.jsonl", [pair for pairs, _ in found for pair in pairs])
@@ -678,6 +700,7 @@ def main():
             raise SystemExit("--curate needs --models: reward models made by this script.")
         model, encoder = load(cfg.models[0], device, cfg.frames, cfg.max_tiles)
         rows = load_pairs(cfg.curate, encoder, model.settings, cfg, cfg.exclude)
+        del model  # it is loaded again when its turn comes
         curate(rows, cfg.models, cfg.models[0], cfg.judges, cfg, device, cfg.out)
     else:
         train(cfg, device, cfg.out)

@@ -466,6 +466,8 @@ _COMPARES = re.compile(
     rf"|\b(?:prefer|choose|select|favou?r)\s+{_SIDE}|\bbetter\s+(?:\w+\s+)?is\s+{_SIDE}")
 _STATES_NOTHING = re.compile(r"\b(?:if|whether|both|neither|equally|tie|tied|might|may|could)\b")
 
+_MAY_NEGATE = re.compile(r"\b(?:no|not|never|hardly|less|least|far from|only|cannot)\b|n't\b")
+
 
 def concluded(reasoning):
     """The side that the last comparison in a reasoning names as the better: "A", "B", or None when
@@ -477,10 +479,12 @@ def concluded(reasoning):
             continue
         subject, verb, between, good, chosen, named = found[-1].groups()
         side = {"1": "a", "2": "b"}.get(x := subject or chosen or named, x)
-        negated = verb == "isn't" or re.search(r"\b(?:not|never|hardly)\b", between or "")
+        negated = verb == "isn't" or (between or "").split() in (["not"], ["not", "the"])
         if subject and bool(good) == bool(negated):  # "is worse", "is not better"
             side = "ab"[side == "a"]
-        unclear = sentence.endswith("?") or _STATES_NOTHING.search(sentence)
+        # any other "not" may turn the sentence round: a wrong sign does harm, 0 does none
+        unclear = sentence.endswith("?") or _STATES_NOTHING.search(sentence) or (
+            not negated and _MAY_NEGATE.search(sentence))
         last = None if unclear else side.upper()
     return last
 
@@ -493,7 +497,7 @@ def rule_consistency(text):
     return 0 if None in (verdict, side) else 1 if verdict == side else -1
 
 
-def referee_consistency(folder, sample, device):
+def referee_consistency(folder, sample, device, style="msrl"):
     """-> a function like rule_consistency that asks a checkpoint (R1-Reward: Qwen2.5-VL-7B), text
     only. As released, it reads the last three lines before the answer; each distinct question is
     asked once. UNSPECIFIED: its prompt is not published."""
@@ -502,7 +506,7 @@ def referee_consistency(folder, sample, device):
     @lru_cache(maxsize=100_000)
     def asked(end, verdict):
         prompt = encoder.encode(
-            f"Conclusion: {end}\nStatement: Response {verdict} is better.\nReply with 1 if the "
+            f"Conclusion: {end}\nStatement: {verdict} is better.\nReply with 1 if the "
             "conclusion means the same as the statement; reply with 0 if it is ambiguous, means "
             "the opposite, or approves both.")
         said = encoder.decode(sample(model, encoder, [prompt], 1, 0.0, 8, None).ids[0])
@@ -511,16 +515,21 @@ def referee_consistency(folder, sample, device):
 
     def consistency(text):
         verdict = parse(text).verdict
-        lines = text.rpartition("<answer>")[0].replace("</think>", "").strip().splitlines()
-        return 0 if verdict is None else asked("; ".join(filter(None, lines[-3:])), verdict)
+        if verdict is None:
+            return 0
+        lines = re.sub("</?think>", "", text.rpartition("<answer>")[0]).strip().splitlines()
+        # by the name that the reasoning uses: Response 2, Image B
+        noun = re.findall(r"\b(Response|Image|Video|Answer)s? [AB12]\b", text) or ["Response"]
+        name = verdict if style == "msrl" else "12"["AB".index(verdict)]
+        return asked("; ".join(filter(None, lines[-3:])), f"{noun[-1]} {name}")
     return consistency
 
 
-def consistency_reward(referee, sample, device):
+def consistency_reward(referee, sample, device, style="msrl"):
     """-> the reward of R1-Reward 4.3: counted only where the verdict is right, so that a wrong
     one cannot earn it. `referee` is "rule" or a checkpoint."""
     consistency = rule_consistency if referee == "rule" else referee_consistency(
-        referee, sample, device)
+        referee, sample, device, style)
     return lambda text, row: accuracy_reward(text, row) * consistency(text)
 
 
@@ -1315,8 +1324,8 @@ def captioned(cfg, sample, device, max_new_tokens=300, batch_size=16):
             if rank() == 0:
                 append(cache, c)
     if rank() == 0:
-        write_lines(out, [{**r, "captions": r["captions"] or [known[m] for m in r["media"]]}
-                          for r in rows])
+        write_lines(out, [{**r, "captions": r["captions"] or [known[m] for m in r["media"]],
+                           "media": [os.path.abspath(m) for m in r["media"]]} for r in rows])
     if world() > 1:
         dist.barrier()
     return str(out)

@@ -380,7 +380,8 @@ def main():
     del state
     functions = dict(REWARDS)
     if cfg.reward == "r1":
-        functions["consistency"] = common.consistency_reward(cfg.referee, sample_group, device)
+        functions["consistency"] = common.consistency_reward(cfg.referee, sample_group, device,
+                                                             cfg.style)
 
     # ------------------------------------------------------------------------------ the GRPO loop
     mine = slice(common.rank(), None, common.world())  # whole groups never straddle processes
@@ -433,7 +434,8 @@ def main():
             if cfg.log_rollouts_every and step % cfg.log_rollouts_every == 0:
                 common.append(Path(cfg.out, "rollouts.jsonl"), {
                     "step": done, "id": batch[0]["id"], "label": batch[0]["label"],
-                    "prompt": common.render(batch[0], FORM), "answers": texts[:cfg.group_size],
+                    "prompt": common.render(batch[0], FORM, cfg.style),
+                    "answers": texts[:cfg.group_size],
                     "rewards": {n: r[0].tolist() for n, r in each.items()},
                     "advantages": adv[0].tolist(), "kept": keep[0].tolist()})
             if done % cfg.save_every == 0 or done == cfg.max_steps:

@@ -395,7 +395,8 @@ def main():
     del state
     functions = dict(REWARDS)
     if cfg.reward == "r1":
-        functions["consistency"] = common.consistency_reward(cfg.referee, sample_group, device)
+        functions["consistency"] = common.consistency_reward(cfg.referee, sample_group, device,
+                                                             cfg.style)
     if n_replay(cfg) and replay is None:
         replay = choose_replay(model, encoder, cfg)
 
@@ -450,7 +451,8 @@ def main():
             if cfg.log_rollouts_every and step % cfg.log_rollouts_every == 0:
                 common.append(Path(cfg.out, "rollouts.jsonl"), {
                     "step": done, "id": batch[0]["id"], "label": batch[0]["label"],
-                    "prompt": common.render(batch[0], FORM), "answers": texts[:cfg.group_size],
+                    "prompt": common.render(batch[0], FORM, cfg.style),
+                    "answers": texts[:cfg.group_size],
                     "rewards": {n: r[0].tolist() for n, r in each.items()},
                     "advantages": adv[0].tolist(), "kept": keep[0].tolist()})
             if done % cfg.save_every == 0 or done == cfg.max_steps:

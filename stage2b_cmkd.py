@@ -165,7 +165,8 @@ def main():
     if common.rank() == 0:
         print("distilled: " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
                                         for k, v in report.items()))
-        common.write_lines(Path(cfg.out, "cmkd.jsonl"), rows)
+        common.write_lines(Path(cfg.out, "cmkd.jsonl"), [
+            {**r, "media": [str(Path(m).resolve()) for m in r["media"]]} for r in rows])
     if not rows:
         raise SystemExit(f"{cfg.model} gave no usable rationale: {report}; see samples.jsonl")
     heldout = common.load_rows(cfg.heldout, encoder, cfg.form, cfg.max_prompt_tokens,

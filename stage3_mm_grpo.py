@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
-from common import accuracy_reward, caption_format_reward, sum_over_ranks, task_reward
+from common import (accuracy_reward, caption_format_reward, format_reward, sum_over_ranks,
+                    task_reward)
 
 HELDOUT = ",".join(f"toy/heldout_{task}.jsonl:100" for task in common.TASKS)
 STAGE = Path(__file__).stem
@@ -385,9 +386,11 @@ def main():
     elif heldout:
         before = evaluate(model, encoder, heldout, cfg, "before", FORM)
     del state
-    functions = dict(REWARDS)
+    # R1-Reward's prompt asks for no caption
+    functions = REWARDS | ({"format": format_reward} if cfg.style == "r1" else {})
     if cfg.reward == "r1":
-        functions["consistency"] = common.consistency_reward(cfg.referee, sample_group, device)
+        functions["consistency"] = common.consistency_reward(cfg.referee, sample_group, device,
+                                                             cfg.style)
 
     # ------------------------------------------------------------------------------ the GRPO loop
     mine = slice(common.rank(), None, common.world())  # whole groups never straddle processes
@@ -440,7 +443,8 @@ def main():
             if cfg.log_rollouts_every and step % cfg.log_rollouts_every == 0:
                 common.append(Path(cfg.out, "rollouts.jsonl"), {
                     "step": done, "id": batch[0]["id"], "label": batch[0]["label"],
-                    "prompt": common.render(batch[0], FORM), "answers": texts[:cfg.group_size],
+                    "prompt": common.render(batch[0], FORM, cfg.style),
+                    "answers": texts[:cfg.group_size],
                     "rewards": {n: r[0].tolist() for n, r in each.items()},
                     "advantages": adv[0].tolist(), "kept": keep[0].tolist()})
             if done % cfg.save_every == 0 or done == cfg.max_steps:

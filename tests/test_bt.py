@@ -273,6 +273,7 @@ def scored(*scores, weights=(0.5, 0.1, 0.1, 0.1, 0.1, 0.1)):
     (scored([10, 0, 5, 5, 10, 10], [2, 2, 2, 2, 2, 2]), 2, [8.0, 2.0]),
     (scored([10, 0, 5, 5, 10, 10]), 2, None), (scored([10, 0, 5, 5, 10, 11]), 1, None),
     (scored([10, 0, 5, 5, 10]), 1, None), (scored([1.5] * 6), 1, None), ("no scores", 1, None),
+    (scored([4, 4, 4, 4, 4, 4]).replace("[{", "[ \n {").replace("}]", "} \n]"), 1, [4.0]),
     (scored([1] * 6, weights=[0.2] * 6), 1, None), ('[{"weights": 3}]', 1, None)])
 def test_overall_score_by_hand(text, n, want):
     # kills: unweighted mean, weights that do not sum to 1 taken, fractions taken

@@ -1294,6 +1294,10 @@ def test_same_seed_same_bytes(tmp_path):
     ("Neither Response A nor Response B is better.", None), ("Is Response A better?", None),
     ("Response A is better. Whether Response B is better is open.", None),
     ("Response A is better; or Response B might be better", None),
+    # a "not" elsewhere may turn the sentence round: better no sign than the wrong one
+    ("Response A is not only better but clearer.", None), ("I would not choose Response B.", None),
+    ("I do not think Response A is better", None), ("Response A is no better than B.", None),
+    ("Response A is the less preferable one.", None), ("Response A is far from the best", None),
 ])
 def test_what_a_reasoning_concludes(reasoning, side):
     # kills: the first comparison, the last name, negation ignored, "worse" read as praise
@@ -1335,7 +1339,12 @@ def test_r1_reward_is_the_papers(monkeypatch):
     assert [referee(text(x, "A")) for x in "ABCAB"] == [1, -1, 0, 1, -1] and len(asked) == 3
     referee("<think>\none\ntwo\n\nResponse A three\nResponse A four\n</think>\n<answer>B</answer>")
     assert "two; Response A three" not in asked[-1] and "three; Response A four" in asked[-1]
-    assert "Response B is better" in asked[-1]
+    assert "Response B is better" in asked[-1] and "think>" not in asked[-1]
+    # in the words of the reasoning: 1 and 2, images
+    referee = common.referee_consistency("folder", sample, "cpu", "r1")
+    said = common.as_ab("<think>Response 2 is better.</think><answer>2</answer>", "r1")
+    say["2"] = "1"
+    assert referee(said) == 1 and "Statement: Response 2 is better" in asked[-1]
 
 
 def test_style_r1_says_1_and_2(encoder):
