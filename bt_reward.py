@@ -213,7 +213,7 @@ def load_pairs(sources, encoder, settings, cfg, exclude=""):
         return max(len(prompt.ids) for prompt, _ in parts)
 
     # load_rows() wants no more of an encoder than this
-    reader = SimpleNamespace(special_tokens=encoder.special_tokens, check=measure)
+    reader = SimpleNamespace(forbidden=encoder.forbidden, check=measure)
     rows = common.load_rows(sources, reader, "pixels", cfg.max_prompt_tokens, cfg.skip_bad_rows,
                             exclude)
     kept = [row for row in rows if not row.pop("same")]

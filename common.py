@@ -960,7 +960,7 @@ def checked(raw, where, folder, encoder, form):
     if isinstance(raw, BadRow):
         raise raw
     for row in convert(raw, where.rpartition(":")[2].strip("[]")):
-        row = check_row(row, folder, tuple(dict.fromkeys(FORBIDDEN + encoder.special_tokens)))
+        row = check_row(row, folder, encoder.forbidden)
         row["tokens"] = encoder.check(row, form)
         yield row
 
@@ -1090,6 +1090,7 @@ class Encoder:
         self.frames, self.max_tiles, self.style = frames, max_tiles, style
         self.image_token_id = getattr(config, "image_token_id", None)
         self.special_tokens = tuple(self.tokenizer.all_special_tokens)
+        self.forbidden = tuple(dict.fromkeys(FORBIDDEN + self.special_tokens))  # in users' texts
         self.image_processor = None
         if self.image_token_id is not None:
             self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")

@@ -189,7 +189,8 @@ def score(rows, preds, benchmark="rows", style="msrl"):
     if any(p.get("score_a") is not None for p in preds):
         soft = [soft_points(r["label"], sum(j.values(), [])) for r, j in zip(rows, judged)]
         result["soft"] = mean(rows, soft, counted)
-    if max(len(some) for j in judged for some in j.values()) > 1:
+    two = not any(p["pred"] in TIES for p in preds)  # the curves' sums know two verdicts
+    if two and max(len(some) for j in judged for some in j.values()) > 1:
         result |= vote_curves(rows, judged, counted)
     if benchmark == "rm_bench":
         result["matrix"] = [[mean(rows, x, [k for k in counted if key_of(rows[k])[1:] == (i, j)])
@@ -267,7 +268,8 @@ def more_columns(benchmark, rows, x, earned, judged, counted):
     some = lambda test: column(rows, x, [k for k in counted if test(rows[k])])
     no_tie = some(lambda r: r["label"] in ("A", "B"))
     if benchmark.startswith("genai"):  # 4-way: official; 3-way: UnifiedReward's, both ties are one
-        three = [sum(points("same" if r["label"] in TIES else r["label"], [p["pred"] for p in o])
+        one = lambda v: "same" if v in TIES else v
+        three = [sum(points(one(r["label"]), [one(p["pred"]) for p in o])
                      for o in j.values()) / max(1, len(j)) for r, j in zip(rows, judged)]
         return {"4-way": column(rows, x, counted), "3-way": column(rows, three, counted),
                 "no tie": no_tie}
@@ -525,7 +527,7 @@ BENCHMARKS = {
 def read_benchmark(name, source, split=None, media=False, skip_bad_rows=False):
     """-> all rows, those that do not count included, so that "row" is the index in the file."""
     if name == "rows":  # their columns are the subsets, or the tasks. Reading needs no model yet
-        nobody = SimpleNamespace(special_tokens=(), check=lambda row, form: 0)
+        nobody = SimpleNamespace(forbidden=(), check=lambda row, form: 0)
         loaded = common.load_rows(source, nobody, skip_bad_rows=skip_bad_rows)
         own = ("i", "j", "part", "row", "weight", "cluster")  # a user's keys of these names
         return [{**{k: v for k, v in r.items() if k not in own}, "part": r.get("subset")
@@ -667,14 +669,17 @@ def load_judge(folders, args, device):
 
 def fit_to_judge(rows, encoder, args):
     """-> the rows that a model is to judge, checked, with the length of their prompts. Ties are not
-    shown: our prompts know A and B. What cannot be shown is left out, so it counts as wrong."""
+    shown to a judge whose prompt knows A and B; scores have use for them, as thresholds. What
+    cannot be shown is left out, so it counts as wrong."""
     fit, bad, long = [], Counter(), 0
-    forbidden = tuple(dict.fromkeys(common.FORBIDDEN + encoder.special_tokens))
-    for row in tqdm([r for r in rows if r["label"] in ("A", "B")], desc="reading prompts",
+    scored = is_reward_model(args.model[0])
+    labels = ("A", "B", *TIES) if scored else ("A", "B")
+    for row in tqdm([r for r in rows if r["label"] in labels], desc="reading prompts",
                     unit=" rows", disable=common.rank() > 0, mininterval=1, leave=False):
         try:
-            row = common.check_row({**row}, "", forbidden)
-            row["tokens"] = 0 if is_reward_model(args.model[0]) else encoder.check(row, args.form)
+            row = {**common.check_row({**row, "label": "A"}, "", encoder.forbidden),
+                   "label": row["label"]}
+            row["tokens"] = 0 if scored else encoder.check(row, args.form)
             if row["tokens"] > args.max_prompt_tokens:
                 long += 1
             else:
@@ -1186,6 +1191,8 @@ def arguments():
                      "see --help")
     if min(args.votes, args.batch_size, args.max_new_tokens, args.rounds or 1) < 1:
         parser.error("--votes, --batch_size, --max_new_tokens and --rounds must be at least 1")
+    if args.score and args.skip_bad_rows:
+        parser.error("--score needs every row: \"row\" counts them all")
     if args.attempts and not (args.model and args.data and args.out):
         parser.error("--attempts needs --model, --data and --out")
     if len(args.score or ()) > 2:

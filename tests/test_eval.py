@@ -474,7 +474,7 @@ def test_bad_benchmark_rows_are_named(run, benchmark, data, says):
 # ---------------------------------------------------------------------------------------- judging
 class Judge:
     """Stands for model, encoder and sample_group: say(prompt, vote) -> answer text."""
-    special_tokens, image_token_id = (), None
+    forbidden, image_token_id = common.FORBIDDEN, None
 
     def __init__(self, monkeypatch, say, stop_after=None):
         self.say, self.stop_after, self.prompts = say, stop_after, []
@@ -697,7 +697,7 @@ def reward_models(monkeypatch):
     """Two Bradley-Terry checkpoints whose score is the number in the text, and ten times it."""
     def load(folder, device, frames=8, max_tiles=12):
         scale = float(Path(folder).name)
-        return torch.nn.Linear(1, 1), SimpleNamespace(special_tokens=(), scale=scale)
+        return torch.nn.Linear(1, 1), SimpleNamespace(forbidden=(), scale=scale)
 
     def number(encoder, text):
         return encoder.scale * float(text.split()[-1])

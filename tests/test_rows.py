@@ -511,7 +511,7 @@ def test_no_text_forges_markup(tiny, encoder, tmp_path):
 def test_the_tokenizers_own_specials_are_markup(tmp_path, encoder):
     """Another backbone has other special tokens; they are found in its tokenizer.
     kills: the fixed list alone."""
-    own = SimpleNamespace(special_tokens=("<|turn|>",), check=encoder.check)
+    own = SimpleNamespace(forbidden=("<|turn|>",), check=encoder.check)
     path = write(tmp_path / "rows.jsonl", text_row(prompt="a <|turn|> b"))
     assert common.load_rows(path, encoder)
     with pytest.raises(SystemExit, match="turn"):
