@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import bt_reward  # noqa: E402
 import common  # noqa: E402
 from stage1_text_grpo import sample_group  # noqa: E402
 
@@ -43,8 +44,10 @@ FIGURE_3 = {"0 text, 500 rows": ["0", "2", "2b", "3@500"],
             "2880 text, 2000 rows": STAGES}
 # the paper's two baselines see the multimodal labels, too: all the rows of stages 2 to 3
 MULTIMODAL = ["--model", "toy/backbone", "--data", "toy/caption_rl.jsonl,toy/mm_rl.jsonl"]
-BASELINES = {"generative baseline (Eq. 2)": [
-    "stage0_sft.py", *MULTIMODAL, "--target", "label", "--freeze_vision", "False", "--lr", "5e-4"]}
+BASELINES = {
+    "discriminative baseline (Eq. 1)": ["bt_reward.py", *MULTIMODAL, "--t2i", "swap"],
+    "generative baseline (Eq. 2)": ["stage0_sft.py", *MULTIMODAL, "--target", "label",
+                                    "--freeze_vision", "False", "--lr", "5e-4"]}
 
 
 def run(*command):
@@ -78,7 +81,8 @@ def judge(folder, form, rows, files="heldout", blank=False):
     if not kept.exists():
         print(f"judging {folder}, {form} of {files} rows{', its own caption blanked' * blank}",
               flush=True)
-        model, encoder = common.load(str(ROOT / folder))
+        scalar = (ROOT / folder / "reward_head.safetensors").exists()
+        model, encoder = (bt_reward if scalar else common).load(str(ROOT / folder))
         ids = encoder.answer_ids("<caption>\n</caption>\n")[:-1]
 
         def sample(model, encoder, prompts, *args):
@@ -88,6 +92,11 @@ def judge(folder, form, rows, files="heldout", blank=False):
         for task in common.TASKS:
             data = common.load_rows(f"{ROOT}/toy/{files}_{task}.jsonl:{rows}", encoder, form,
                                     quiet=True)
+            if scalar:
+                scores = bt_reward.score_rows(model, encoder, data)
+                right = sum("BA"[a > b] == r["label"] for r, (a, b) in zip(data, scores))
+                result[task] = 100 * right / len(data)
+                continue
             preds = common.judge(model, encoder, data, sample, form, batch_size=128,
                                  max_new_tokens=160)
             result[task] = 100 * common.summarize(data, preds)["accuracy"]
