@@ -956,3 +956,14 @@ def test_other_rows_under_the_same_name_are_judged_anew(tmp_path):
     data.write_text("another\n")
     with pytest.raises(SystemExit, match="other settings"):
         ev.opened(out, args)
+
+
+@pytest.mark.parametrize("scores, want", [(True, ["A", "same", "B"]), (False, ["A", "B"])])
+def test_ties_are_scored_but_not_judged(monkeypatch, scores, want):
+    # VideoGen's threshold needs the scores of ties. kills: ties left out for all, or shown to all
+    monkeypatch.setattr(ev, "is_reward_model", lambda folder: scores)
+    rows = [{"id": x, "row": k, "task": "text", "prompt": "p", "responses": ["x", "y"], "media": [],
+             "label": x} for k, x in enumerate(("A", "same", None, "B"))]
+    args = SimpleNamespace(model=["m"], form="pixels", max_prompt_tokens=9, skip_bad_rows=False)
+    encoder = SimpleNamespace(forbidden=(), check=lambda row, form: 5)
+    assert [r["label"] for r in ev.fit_to_judge(rows, encoder, args)] == want
