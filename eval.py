@@ -524,7 +524,7 @@ BENCHMARKS = {
     "rows": None}  # preference rows, or a training set that common.py knows
 
 
-def read_benchmark(name, source, split=None, media=False, skip_bad_rows=False):
+def read_benchmark(name, source, split=None, media=None, skip_bad_rows=False):
     """-> all rows, those that do not count included, so that "row" is the index in the file."""
     if name == "rows":  # their columns are the subsets, or the tasks. Reading needs no model yet
         nobody = SimpleNamespace(forbidden=(), check=lambda row, form: 0)
@@ -546,6 +546,8 @@ def read_benchmark(name, source, split=None, media=False, skip_bad_rows=False):
                            "responses": None, "media": [], **row}
                     row["prompt"] = re.sub(r"\s*<(image|video)>\s*", "", row["prompt"] or "")
                     wanted = row["media"] if media and row["label"] else []
+                    if media == "if there":  # for the page alone: what is missing is not shown
+                        wanted = [m for m in wanted if m is not None]
                     row["media"] = [found(m, Path(path).parent) for m in wanted]
                     rows.append(row)
             except BadRow as e:
@@ -1037,8 +1039,8 @@ def main():
     device = common.start_processes()
     if args.attempts:
         return attempts(args, device)
-    rows = read_benchmark(args.benchmark, args.data, args.split, bool(args.model or args.report),
-                          args.skip_bad_rows)
+    media = "all" if args.model else args.report and "if there"
+    rows = read_benchmark(args.benchmark, args.data, args.split, media, args.skip_bad_rows)
     if args.score:
         files = {f: read_predictions(f, rows) for f in args.score}
     else:

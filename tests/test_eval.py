@@ -967,3 +967,12 @@ def test_ties_are_scored_but_not_judged(monkeypatch, scores, want):
     args = SimpleNamespace(model=["m"], form="pixels", max_prompt_tokens=9, skip_bad_rows=False)
     encoder = SimpleNamespace(forbidden=(), check=lambda row, form: 5)
     assert [r["label"] for r in ev.fit_to_judge(rows, encoder, args)] == want
+
+
+def test_a_page_does_without_a_picture_that_is_null(run):
+    # kills: --report refusing a file that --score reads
+    data = write("mmrb.jsonl", [{**multimodal(str(k), "vqa", 1), "Image": None} for k in range(2)])
+    ids = [{"id": str(k), "pred": "A"} for k in range(2)]
+    got = scored(run, "multimodal_rewardbench", data, ids)
+    assert got == scored(run, "multimodal_rewardbench", data, ids, "--report", "page.html")
+    assert "vqa" in Path("page.html").read_text()
