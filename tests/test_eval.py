@@ -10,6 +10,8 @@ import itertools
 import json
 import math
 import random
+import shutil
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -887,6 +889,24 @@ def test_the_page_holds_text_as_text(run):
     assert order[0] == "flip" and order[1] == "wrong" and set(order[2:]) == {"right"}
 
 
+BROWSERS = "chromium", "chromium-browser", "google-chrome"
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), "")
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
+def test_the_page_in_a_browser(run):
+    """A script that ran would have changed the title; a row that was swallowed would be missing."""
+    evil = "<script>document.title='ran'</script><img src=x onerror=\"document.title='ran'\">"
+    write("data.json", [vl("mmmu_1", query=evil, response=[evil, "fine"])])
+    scored(run, "vl_rewardbench", "data.json", [{"id": "mmmu_1", "pred": "B", "text": evil}],
+           "--report", "page.html")
+    dom = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+                          Path("page.html").resolve().as_uri()], capture_output=True, text=True,
+                         timeout=60).stdout
+    title = dom.partition("<title>")[2].partition("</title>")[0]
+    assert title.startswith("vl_rewardbench") and dom.count("<details") == 1
+
+
 # ------------------------------------------------------------------------------------- attempts
 def test_attempts_count_until_the_first_right_answer(tmp_path, monkeypatch):
     # kills: counted from 0, the last right one, K for never, labels of the unswapped row
@@ -909,7 +929,7 @@ def test_attempts_count_until_the_first_right_answer(tmp_path, monkeypatch):
     assert [r["id"] for r in common.hard_rows(got, 2)] == ["r1", "r2", "r3", "r5"]
 
 
-# -------------------------------------------------------------------- what a review of eval.py found
+# ------------------------------------------------------------------- what a review of eval.py found
 def test_ties_and_equal_scores_are_not_soft_points(run):
     # kills: m < 0 taken for "not A" where the label is a tie; equal scores called unparsable
     rows = [genai(vote) for vote in ("leftvote", "rightvote", "tievote", "bothbad_vote")]
