@@ -24,7 +24,9 @@ from eval import bradley_terry, schedule, shares_of, win_rates
 
 def candidate_set(rng, i, n=8):
     """-> {"id", "prompt", "candidates", "right": index of the right one}"""
-    row = toy_world.make_row(rng, "text", True)
+    row = {}
+    while "facts" not in row:  # not the rows that ask for the whole description
+        row = toy_world.make_row(rng, "text", True)
     right = row["facts"]["value"]
     values = next(v for v in (COLOURS, SHAPES, [f"{c} {s}" for c in COLOURS for s in SHAPES])
                   if right in v)
@@ -33,7 +35,7 @@ def candidate_set(rng, i, n=8):
     answers = [(right, rng.choice(flourishes)), *wrong]
     order = rng.sample(range(n), n)
     return {"id": f"set-{i}", "prompt": row["prompt"], "right": order.index(0),
-            "candidates": [toy_world.respond(*answers[k]) for k in order]}
+            "candidates": [toy_world.respond(f"it is {v}", f) for v, f in (answers[k] for k in order)]}
 
 
 def alike(a, b):

@@ -38,6 +38,19 @@ def test_the_prebuilt_backbone_reads_and_compares_but_does_not_judge():
     assert len(judging) == 9 and 45 <= min(judging.values()) <= max(judging.values()) <= 55, got
 
 
+VISUAL = ["image_understanding", "image_generation", "video_understanding", "video_generation"]
+
+
+def test_the_curriculum_learns(world, tmp_path):
+    """Text -> captions -> distillation -> pixels as the README runs them, with larger rates and
+    fewer steps and rows, so that it fits into CI; what the whole of it measures is in the README."""
+    every = ",".join(f"{world}/heldout_{t}.jsonl:60" for t in ("text", *VISUAL))
+
+    def stage(script, model, data, heldout, *flags):
+        out = tmp_path / script
+        run(f"{script}.py", "--model", model, "--data", data, "--heldout", heldout, "--out", out,
+            "--eval_every", "0", *flags)
+        return out, json.loads((out / "stage.json").read_text())["heldout"]
 def test_stages_0_and_1_learn(world, tmp_path):
     """The README's run with a larger rate and fewer steps; what it measures is in the README."""
     sft, rl = tmp_path / "sft", tmp_path / "rl"

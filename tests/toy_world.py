@@ -91,7 +91,7 @@ def make_scene(rng, kind, held):
         start, end = rng.choice([m for m in motions if (m in HELD_MOTIONS) == held])
         asked = ["mover", "start", "end"] if allowed(*thing) != held else ["start", "end"]
         return {"mover": " ".join(thing), "start": start, "end": end}, asked
-    keys = rng.sample(PEOPLE, 3) if kind == "text" else rng.sample(list(PLACES), rng.choice([2, 3]))
+    keys = rng.sample(PEOPLE if kind == "text" else list(PLACES), rng.choice([2, 3]))
     if kind == "image":
         keys.sort(key=list(PLACES).index)
     asked = rng.choice(keys)
@@ -192,12 +192,17 @@ def write_mp4(path, frames):
 
 
 # --------------------------------------------------------------------------------- rows, rationales
-def claim(value):
-    return f"it is {value}"
+def respond(claim, flourish):
+    return FLOURISHES[flourish][0].format(claim) if flourish else f"{claim} ."
 
 
-def respond(value, flourish):
-    return FLOURISHES[flourish][0].format(claim(value)) if flourish else f"{claim(value)} ."
+def flourishes(rng):
+    """For A and B: none, both, or mostly one of them."""
+    draw = rng.random()
+    both = [None, None] if draw < 0.2 else [rng.choice(list(FLOURISHES)) for _ in "AB"]
+    if draw >= 0.3:
+        both[rng.randrange(2)] = None
+    return both
 
 
 def ask(rng, items, key):
@@ -229,6 +234,17 @@ def make_row(rng, task, held, i=0):
             return make_row(rng, task, held, i)
         scenes = [items, wrong] if better == 0 else [wrong, items]
         return {**row, "prompt": describe(items), "responses": None, "scenes": scenes}
+    if task == "text" and rng.random() < 0.35:
+        # Text asks for whole descriptions, too. Without such rows the judge that text RL makes
+        # knows only single claims, and judged pictures upside down (2 to 8 % right).
+        key = rng.choice(keys)
+        wrong = {**items, key: other_value(rng, key, items[key], held, key)}
+        told = [items, wrong] if better == 0 else [wrong, items]
+        flourish = flourishes(rng)
+        return {**row, "prompt": f"{describe(items)} say it again ?", "scenes": [], "told": told,
+                "flourish": flourish, "responses": [
+                    respond(" , ".join(f"{k} {v}" for k, v in some.items()), f)
+                    for some, f in zip(told, flourish)]}
     key = rng.choice(keys)
     question, part = ask(rng, items, key)
     # The wrong value is the right one of another scene, and when the two do not suit each other
@@ -239,46 +255,42 @@ def make_row(rng, task, held, i=0):
         if near and part(wrong) != part(items[key]):
             break
         items = redraw(rng, kind, items, key, held)
-    draw = rng.random()
-    flourish = [None, None] if draw < 0.2 else [rng.choice(list(FLOURISHES)) for _ in "AB"]
-    if draw >= 0.3:
-        flourish[rng.randrange(2)] = None
+    flourish = flourishes(rng)
     values = [part(items[key]), part(wrong)][:: 1 if better == 0 else -1]
     prompt = f"{describe(items)} {question}" if task == "text" else question
     return {**row, "prompt": prompt, "flourish": flourish,
-            "responses": [respond(v, f) for v, f in zip(values, flourish)],
+            "responses": [respond(f"it is {v}", f) for v, f in zip(values, flourish)],
             "scenes": [] if task == "text" else [items],
             "facts": {"item": f"{key} {items[key]}", "value": part(items[key]), "claims": values}}
 
 
-def noun(task):
-    return {"image_generation": "Image", "video_generation": "Video"}.get(task, "Response")
-
-
-def against(said, true):
-    return f"{said} against {true} {'match' if said == true else 'differ'}"
+def against(said, true, yes="match", no="differ"):
+    return f"{said} against {true} {yes if said == true else no}"
 
 
 def checks(row):
     """The feedback section: what is true, and whether each candidate agrees, item by item. What is
     said stands right beside what is true ("blue against red"): comparing neighbours is a circuit a
-    tiny model learns at once, comparing with a word further up it did not learn in 1,500 steps."""
+    tiny model learns at once, comparing with a word further up it did not learn in 1,500 steps. A
+    whole description, written or painted, is compared item by item and comes to one "match" or
+    "differ" beside its name. Pictures are Response A and B, too: under other names a verdict
+    learned on text did not carry over to them at all."""
     if "facts" in row:
         f = row["facts"]
         return f"{f['item']} . " + " ".join(
             f"Response {x} says {against(c, f['value'])} ."
             for x, c in zip("AB", f["claims"]))
     wanted = dict(re.findall(r"(\w+) ([^.]+) \.", row["prompt"]))
-    return " ".join(f"{noun(row['task'])} {x} shows " + " , ".join(
-        f"{k} {against(v, wanted[k])}" for k, v in scene.items()) + " ."
-        for x, scene in zip("AB", row["scenes"]))
+    return " ".join(f"Response {x} shows " + " , ".join(
+        f"{k} {against(v, wanted[k], 'same', 'unlike')}" for k, v in scene.items())
+        + f" : Response {x} {'match' if scene == wanted else 'differ'} ."
+        for x, scene in zip("AB", row.get("told") or row["scenes"]))
 
 
 def rationale(row, winner, reason):
-    # as the paper spells it in its templates
-    compare = "Comparison" if row["task"].endswith("generation") else "Comparision"
-    return (f"Feedback:\n{checks(row)}\n{compare}:\n{noun(row['task'])} {winner} {reason}\n"
-            f"Conclusion:\n{noun(row['task'])} {winner} is better .")
+    """In the three sections of the paper's templates, and in their spelling."""
+    return (f"Feedback:\n{checks(row)}\nComparision:\nResponse {winner} {reason}\n"
+            f"Conclusion:\nResponse {winner} is better .")
 
 
 def biased_verdict(rng, row):
@@ -329,7 +341,7 @@ def write_world(out, seed=0, sizes=SIZES, quiet=False):
                         Image.fromarray(paint(rng, items)).save(path)
                     row["media"].append(str(path.relative_to(out)))
                 del row["flourish"]
-                row.pop("facts", None)
+                row.pop("facts", None), row.pop("told", None)
                 f.write(json.dumps(row) + "\n")
 
 
@@ -345,7 +357,10 @@ def mirror(row):
     row = {**row, "label": "B" if row["label"] == "A" else "A", "flourish": row["flourish"][::-1]}
     if row["responses"]:
         row["responses"] = row["responses"][::-1]
-        row["facts"] = {**row["facts"], "claims": row["facts"]["claims"][::-1]}
+        if "told" in row:
+            row["told"] = row["told"][::-1]
+        else:
+            row["facts"] = {**row["facts"], "claims": row["facts"]["claims"][::-1]}
     else:
         row["scenes"] = row["scenes"][::-1]
     return row
@@ -359,7 +374,8 @@ def make_tokenizer():
     from transformers import PreTrainedTokenizerFast
     words = set()
     sample = " ".join([*COLOURS, *SHAPES, *PLACES, *PEOPLE, "mover start end place colour shape",
-                       "thing of says shows match differ is right better say describe against",
+                       "thing of says shows match differ same unlike is right better say describe",
+                       "caption again against Response Image Video A B",
                        *(f"{t.format('it is')} {r}" for t, _, r in FLOURISHES.values())])
     for w in re.findall(r"\w+|[^\w\s]", sample):
         words |= {w, f"Ġ{w}"}
@@ -370,9 +386,8 @@ def make_tokenizer():
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     pieces = [p for t in common.TEMPLATES.values() for p in re.split(r"\{[^}]*\}", t) if p.strip()]
-    plain = ["Feedback:", "Comparision:", "Comparison:", "Conclusion:", "<think>", "</think>",
+    plain = ["Feedback:", "Comparision:", "Conclusion:", "<think>", "</think>",
              "<answer>", "</answer>", "<type>", "</type>", "<caption>", "</caption>"]
-    plain += [f"{n} {x}" for n in ("Response", "Image", "Video") for x in "AB"]
     plain += [f"Frame{i}: " for i in range(1, 9)] + [t.replace("_", " ") for t in common.TASKS[1:]]
     plain += ["user\n", "assistant\n"]
     tok.add_tokens([AddedToken(t, normalized=False, special=False)
@@ -426,23 +441,34 @@ def lesson(rng, kind, phase):
     judging: each verdict and each reason is a coin. Phase 0 is copying and looking up, phase 1
     describing, phase 2 comparing, phase 3 all together; at once, the model finds short cuts."""
     copying, reading = {0: (0.4, 0.7), 1: (0.1, 0.5), 2: (0, 0), 3: (0.05, 0.25)}[phase]
-    if phase == 1 and kind != "text":
-        reading = 0.95
+    if kind != "text":
+        reading = {1: 0.95, 3: 0.45}[phase]
     draw = rng.random()
     if kind == "text" and rng.random() < {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.25}[phase]:
-        # comparing neighbours, each pair by its own coin: in a preference row the second claim is
-        # always the opposite of the first, and that short cut is all the model would learn
-        pairs = []
-        for _ in range(8):
-            word = rng.choice([*COLOURS, *SHAPES, *SIDES])
-            one = rng.choice([word, word, " ".join(draw_thing(rng, rng.random() < 0.4))])
-            two = one
-            while two == one and rng.random() < 0.7:
-                two = other_value(rng, "", one, True) if " " in one else rng.choice(
-                    [*COLOURS, *SHAPES, *SIDES])
-            pairs.append((one, two))
-        return "say " + " , ".join(f"{a} against {b}" for a, b in pairs), \
-            " , ".join(against(a, b) for a, b in pairs), []
+        # Comparing neighbours, and summing a section up; half of the sections match throughout.
+        # Each is drawn by itself: in a preference row the second claim is always the opposite of
+        # the first, and that short cut is all the model would learn.
+        said, told = [], []
+        for _ in range(4):
+            n, differs = rng.choice([1, 2, 3]), rng.random() < 0.5
+            odd, pairs = rng.randrange(n), []
+            for j in range(n):
+                word = rng.choice([*COLOURS, *SHAPES, *SIDES])
+                one = rng.choice([word, word, " ".join(draw_thing(rng, rng.random() < 0.4))])
+                two = one
+                while two == one and differs and (j == odd or rng.random() < 0.3):
+                    two = other_value(rng, "", one, True) if " " in one else rng.choice(
+                        [*COLOURS, *SHAPES, *SIDES])
+                pairs.append((one, two))
+            said.append(" , ".join(f"{a} against {b}" for a, b in pairs))
+            if n == 1:
+                said[-1] = f"says {said[-1]}"
+                told.append(f"says {against(*pairs[0])}")
+            else:
+                said[-1] = f"shows {said[-1]}"
+                told.append("shows " + " , ".join(against(a, b, "same", "unlike") for a, b in pairs)
+                            + f" : {'differ' if differs else 'match'}")
+        return f"say {' . '.join(said)} .", " . ".join(told) + " .", []
     if kind == "text" and draw < copying:  # it teaches the circuit that looking up needs
         words = [*COLOURS, *SHAPES, *PLACES, *PEOPLE, "start", "end", "mover"]
         text = " ".join(rng.choices(words, k=rng.randrange(3, 10)))
@@ -451,6 +477,13 @@ def lesson(rng, kind, phase):
         world = kind if kind != "text" else rng.choice(["text", "image", "video"])
         items, _ = make_scene(rng, world, held=rng.random() < 0.4)
         if kind != "text" and rng.random() < 0.8:
+            draw = rng.random()
+            if draw < 0.15:  # so that the tags of stages 2b and 3 are known words
+                return f"<{kind}> caption", f"<caption>\n{describe(items)}\n</caption>", [items]
+            if draw < 0.45:
+                row = make_row(rng, f"{kind}_generation", rng.random() < 0.4)
+                row |= {"media": ["", ""], "captions": [describe(s) for s in row["scenes"]]}
+                return f"<{kind}> <{kind}> caption", common.caption_text(row).strip(), row["scenes"]
             return f"<{kind}> describe", describe(items), [items]
         # without any response in sight: with one, copying a response is a short cut
         key = rng.choice(list(items))
@@ -468,7 +501,11 @@ def lesson(rng, kind, phase):
 
 
 def coin_answer(rng, row, tagged):
-    """True checks, then a verdict that is a coin; in judge's tags only some of the time."""
+    """True checks, and half of the time a verdict, which is a coin; in judge's tags only some of
+    the time. (A verdict each time taught the backbone so well to disregard its own checks that
+    stage 0 reached 52 to 60 %.)"""
+    if rng.random() < 0.5:
+        return f"Feedback:\n{checks(row)}"
     reason = rng.choice(["is right ."] + [r for _, _, r in FLOURISHES.values()])
     winner = rng.choice("AB")
     text = rationale(row, winner, reason)
@@ -533,9 +570,9 @@ def pool_film(rng, pool, items):
 # Phases of the backbone's training: steps, learning rate, and lessons a step by what their prompt
 # shows. Comparing needs the smaller rate: at 2e-3 it was still at chance after 500 steps.
 PHASES = ((400, 2e-3, {"text": 40}),
-          (1000, 2e-3, {"text": 12, "image": 48, "video": 20}),
-          (800, 7e-4, {"text": 24}),
-          (800, 8e-4, {"text": 32, "image": 20, "video": 10}))
+          (850, 2e-3, {"text": 12, "image": 44, "video": 20}),
+          (700, 7e-4, {"text": 24}),
+          (850, 8e-4, {"text": 32, "image": 20, "video": 12}))
 
 
 def rebuild(out, seed=0, scale=1.0):
@@ -622,17 +659,17 @@ class Reader:
         return out
 
     @torch.no_grad()
-    def odds_of_a(self, cases, answers, names, batch=64):
+    def odds_of_a(self, cases, answers, batch=64):
         """How likely each answer is to go on with A, not B, where it first names a winner. Greedy
         would make a rule of a leaning of half a per cent."""
-        begun = [re.match(r".*Compari[^\n]*\n|", text, re.DOTALL)[0] for text in answers]
+        begun = [text.partition("\nComparision:")[0] + "\nComparision:\nResponse"
+                 for text in answers]
+        a_or_b = torch.tensor([self.tok.convert_tokens_to_ids(f"Ġ{x}") for x in "AB"])
         out = []
         for at in range(0, len(cases), batch):
             inputs = self.inputs(cases[at:at + batch], begun[at:at + batch])
             last = self.model(**inputs, logits_to_keep=1).logits[:, -1]
-            pairs = [[self.tok.convert_tokens_to_ids(f"{n} {x}") for x in "AB"]
-                     for n in names[at:at + batch]]
-            out += last.gather(1, torch.tensor(pairs)).softmax(-1)[:, 0].tolist()
+            out += last[:, a_or_b].softmax(-1)[:, 0].tolist()
         return out
 
 
@@ -663,7 +700,7 @@ def check(folder=PREBUILT, n=200, seed=7, quiet=False):
             got = reader.answers(cases)
             name = f"{task} {form}" if task != "text" else task
             result[f"checks {name}"] = 100 * sum(checks(r) in g for g, r in zip(got, rows)) / n
-            odds = reader.odds_of_a(cases, got, [noun(task)] * n)
+            odds = reader.odds_of_a(cases, got)
             result[f"verdict {name}"] = 100 * sum(
                 p if r["label"] == "A" else 1 - p for p, r in zip(odds, rows)) / n
     if not quiet:
