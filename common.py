@@ -731,12 +731,19 @@ def from_rm_bench(r, where):
                                subset=str(r.get("domain") or r.get("subset") or ""))
 
 
+def held_out(video):
+    """ShareGPTVideo's test split is not public: a tenth of its videos, by a hash of their names."""
+    return hashlib.sha256(str(video).encode()).digest()[0] % 10 == 0
+
+
 def from_chosen_rejected(r, where):
     """A question, a better and a worse text, and at most one image or video: RLAIF-V, MM-RLHF's
     dpo_pairs.jsonl, ShareGPTVideo's sft_dpo_17k.jsonl (its video is a folder of frames)."""
     if r.get("is_tie"):
         return
     kind = "video" if r.get("video") else "image" if "image" in r else None
+    if kind == "video" and "chosen_score" in r and held_out(r["video"]):
+        return  # ShareGPTVideo: eval.py judges these
     prompt = r["question"] if "question" in r else r["prompt"]
     source = "RLAIF-V" if "ds_name" in r else "MM-RLHF" if "chosen_reason" in r else ""
     yield better_first(f"{source or 'pair'}/{r.get('idx', r.get('id', ''))}/{where}",

@@ -24,7 +24,6 @@ import argparse
 import ast
 import base64
 import csv
-import hashlib
 import html
 import io
 import json
@@ -460,16 +459,11 @@ def videogen_rewardbench(r, where):
 
 def sharegpt_video(r, where):
     """ShareGPTVideo's sft_dpo_17k.jsonl. A: chosen. UNSPECIFIED: MSRL's test split is not public;
-    this is a tenth of the videos, by a hash of their names, with all their pairs: train on the
-    others."""
-    held = held_out(r["video"])
+    this is a tenth of the videos with all their pairs, which no stage trains on."""
+    held = common.held_out(r["video"])
     yield {"task": "video_understanding", "prompt": r["prompt"], "media": [r["video"]],
            "responses": [r["chosen"], r["rejected"]], "label": "A" if held else None,
            "weight": held, "cluster": str(r["video"])}
-
-
-def held_out(video):
-    return hashlib.sha256(str(video).encode()).digest()[0] % 10 == 0
 
 
 SECTIONS = {  # subset -> how many rows it weighs in its section: math-prm as much as all the code

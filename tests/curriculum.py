@@ -40,8 +40,8 @@ FIGURE_3 = {"0 text, 500 rows": ["0", "2", "2b", "3@500"],
             "0 text, 2000 rows": ["0", "2", "2b", "3"],
             "480 text, 500 rows": ["0", "1@20", "2", "2b", "3@500"],
             "480 text, 2000 rows": ["0", "1@20", "2", "2b", "3"],
-            "2880 text, 500 rows": ["0", "1", "2", "2b", "3@500"],
-            "2880 text, 2000 rows": STAGES}
+            "1440 text, 500 rows": ["0", "1", "2", "2b", "3@500"],
+            "1440 text, 2000 rows": STAGES}
 # the paper's two baselines see the multimodal labels, too: all the rows of stages 2 to 3
 MULTIMODAL = ["--model", "toy/backbone", "--data", "toy/caption_rl.jsonl,toy/mm_rl.jsonl"]
 BASELINES = {

@@ -148,15 +148,18 @@ def test_rapidata_videos(here, encoder):
 
 
 def test_sharegptvideo(here, encoder):
-    # S4. A video is a folder of frames, sorted by number. kills: the order of names (10 before 9)
+    # S4. A video is a folder of frames, sorted by number. kills: the order of names (10 before 9);
+    # training on the videos that eval.py judges
+    held = next(v for v in map(str, range(99)) if common.held_out(v))
     for k in range(11):
         path = here / "v" / f"c01_{k}.jpeg"
         path.parent.mkdir(exist_ok=True)
         picture((10 * k,) * 3).save(path)
     rows = rows_of(write(here / "sft_dpo_17k.jsonl", [
-        {"id": f"v_{i}", "video": "v", "prompt": "<video>\nWhat?", "chosen": "good",
-         "rejected": "bad", "chosen_score": 5, "rejected_score": 1} for i in range(N)]), encoder,
-        "video_understanding")
+        {"id": f"v_{i}", "video": video, "prompt": "<video>\nWhat?", "chosen": "good",
+         "rejected": "bad", "chosen_score": 5, "rejected_score": 1}
+        for i in range(N + 1) for video in ["v" if i else held]]), encoder, "video_understanding")
+    assert len(rows) == N and not common.held_out("v")
     assert {better(r) for r in rows} == {"good"} and rows[0]["prompt"] == "What?"
     levels = [f.getpixel((0, 0))[0] for f in common.open_video(rows[0]["media"][0], 11)]
     assert levels == sorted(levels) and len(levels) == 11

@@ -564,7 +564,7 @@ def publish(name):
             out.writerows(map(videogen, ["A", "B", "same", "A", ""]))
     elif name == "sharegpt_video":
         picture(folder / "v5" / "0.png")
-        videos = [v for v in (f"v{n}" for n in range(99)) if ev.held_out(v)][:2]
+        videos = [v for v in (f"v{n}" for n in range(99)) if common.held_out(v)][:2]
         for v in videos:
             picture(folder / v / "0.png")
         write(folder / "sft_dpo_17k.jsonl", [sharegpt(n, v) for n, v in enumerate(["zz", *videos])])
