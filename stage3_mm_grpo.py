@@ -55,7 +55,7 @@ class Config:
     heldout: str = knob(HELDOUT, "rows judged before and after; '' for none")
     out: str = knob("runs/stage3_mm_grpo", "run folder; the same command resumes it")
     seed: int = knob(0, "of the data order and of sampling")
-    max_steps: int = knob(60, "rollouts; each is followed by updates_per_rollout optimiser steps")
+    max_steps: int = knob(40, "rollouts; each is followed by updates_per_rollout optimiser steps")
     batch_size: int = knob(24, "prompts a rollout, over all processes. Paper: 'batch size of "
                            "128'; its script counts answers: 16 prompts x 8")
     group_size: int = knob(8, "G, answers a prompt (paper: 8)")
@@ -67,7 +67,7 @@ class Config:
     freeze_vision: bool = knob(False, "freeze vision tower and projector (paper: no)")
     frames: int = knob(8, "frames a video, evenly spaced")
     max_tiles: int = knob(12, "tiles an image; fewer save memory")
-    lr: float = knob(3e-5, "AdamW, constant (paper: 1e-6)")
+    lr: float = knob(8e-5, "AdamW, constant (paper: 1e-6)")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     beta: float = knob(0.04, "weight of the KL to the starting model; 0 loads no reference. Paper: "
                        "framework default 0.04; its script: 0")
