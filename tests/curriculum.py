@@ -26,8 +26,8 @@ from stage1_text_grpo import sample_group  # noqa: E402
 SCRIPTS = {"0": "stage0_sft.py", "1": "stage1_text_grpo.py", "2": "stage2_caption_grpo.py",
            "2b": "stage2b_cmkd.py", "3": "stage3_mm_grpo.py"}
 STAGES = ["0", "1", "2", "2b", "3"]
-# A step of a run is a stage, or a stage with other flags: 1@15 is stage 1 of 20 steps
-VARIANTS = {"1@15": ["--max_steps", 15], "3@500": ["--data", "toy/mm_rl.jsonl:500"],
+# A step of a run is a stage, or a stage with other flags: 1@15 is stage 1 of 15 steps
+VARIANTS = {"1@15": ["--max_steps", 15], "3@10": ["--max_steps", 10],
             "2@1to0": ["--replay_ratio", "1:0"], "2@4to1": ["--replay_ratio", "4:1"],
             "2@2to1": ["--replay_ratio", "2:1"], "2@1to1": ["--replay_ratio", "1:1"]}
 TABLE_4 = {"w/o stage 1": ["0", "2", "2b", "3"], "w/o stage 2 (captions)": ["0", "1", "2b", "3"],
@@ -35,13 +35,13 @@ TABLE_4 = {"w/o stage 1": ["0", "2", "2b", "3"], "w/o stage 2 (captions)": ["0",
            "stages 0 and 3 only": ["0", "3"]}
 TABLE_6 = {"1:0": ["0", "1", "2@1to0"], "1:1": ["0", "1", "2@1to1"], "2:1": ["0", "1", "2@2to1"],
            "4:1": ["0", "1", "2@4to1"], "5:1 (default)": ["0", "1", "2"]}
-# Text prompts of stage 1 (24 a step) and multimodal rows of stage 3; the paper: 5k and 20k of these
-FIGURE_3 = {"0 text, 500 rows": ["0", "2", "2b", "3@500"],
-            "0 text, 2000 rows": ["0", "2", "2b", "3"],
-            "360 text, 500 rows": ["0", "1@15", "2", "2b", "3@500"],
-            "360 text, 2000 rows": ["0", "1@15", "2", "2b", "3"],
-            "1440 text, 500 rows": ["0", "1", "2", "2b", "3@500"],
-            "1440 text, 2000 rows": STAGES}
+# Text prompts of stage 1 and multimodal ones of stage 3, 24 a step; the paper: 5k and 20k of these
+FIGURE_3 = {"0 text, 240 rows": ["0", "2", "2b", "3@10"],
+            "0 text, 960 rows": ["0", "2", "2b", "3"],
+            "360 text, 240 rows": ["0", "1@15", "2", "2b", "3@10"],
+            "360 text, 960 rows": ["0", "1@15", "2", "2b", "3"],
+            "1440 text, 240 rows": ["0", "1", "2", "2b", "3@10"],
+            "1440 text, 960 rows": STAGES}
 # The paper's two baselines train on the labels alone, of text and of multimodal rows at once
 LABELS = ["--model", "toy/backbone", "--data", "toy/text_rl.jsonl:2000,toy/mm_rl.jsonl"]
 BASELINES = {
