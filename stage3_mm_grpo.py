@@ -364,8 +364,7 @@ def main():
 
     # ------------------------------------------------------------------------------ model and data
     model, encoder = common.load(cfg.model, device, made_by="python stage2b_cmkd.py",
-                                 style=cfg.style,
-                                  frames=cfg.frames, max_tiles=cfg.max_tiles)
+                                 style=cfg.style, frames=cfg.frames, max_tiles=cfg.max_tiles)
     ref = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None
     if cfg.freeze_vision:
         common.freeze_vision(model)

@@ -30,9 +30,10 @@ STAGES = ["0", "1", "2", "2b", "3"]
 VARIANTS = {"1@15": ["--max_steps", 15], "3@10": ["--max_steps", 10],
             "2@1to0": ["--replay_ratio", "1:0"], "2@4to1": ["--replay_ratio", "4:1"],
             "2@2to1": ["--replay_ratio", "2:1"], "2@1to1": ["--replay_ratio", "1:1"]}
-TABLE_4 = {"w/o stage 1": ["0", "2", "2b", "3"], "w/o stage 2 (captions)": ["0", "1", "2b", "3"],
-           "w/o stage 2b (CMKD)": ["0", "1", "2", "3"], "w/o stage 3": ["0", "1", "2", "2b"],
-           "stages 0 and 3 only": ["0", "3"]}
+# The paper's "w/o stage 1" leaves the cold start out, too; what judges nothing has nothing to replay
+TABLE_4 = {"w/o stages 0 and 1": ["2@1to0", "2b", "3"], "w/o stage 1": ["0", "2", "2b", "3"],
+           "w/o stage 2 (captions)": ["0", "1", "2b", "3"],
+           "w/o stage 2b (CMKD)": ["0", "1", "2", "3"], "w/o stage 3": ["0", "1", "2", "2b"]}
 TABLE_6 = {"1:0": ["0", "1", "2@1to0"], "1:1": ["0", "1", "2@1to1"], "2:1": ["0", "1", "2@2to1"],
            "4:1": ["0", "1", "2@4to1"], "5:1 (default)": ["0", "1", "2"]}
 # Text prompts of stage 1 and multimodal ones of stage 3, 24 a step; the paper: 5k and 20k of these
