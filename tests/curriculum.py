@@ -30,7 +30,7 @@ STAGES = ["0", "1", "2", "2b", "3"]
 VARIANTS = {"1@15": ["--max_steps", 15], "3@10": ["--max_steps", 10],
             "2@1to0": ["--replay_ratio", "1:0"], "2@4to1": ["--replay_ratio", "4:1"],
             "2@2to1": ["--replay_ratio", "2:1"], "2@1to1": ["--replay_ratio", "1:1"]}
-# The paper's "w/o stage 1" leaves the cold start out, too; what judges nothing has nothing to replay
+# The paper's "w/o stage 1" leaves out stage 0, too; what cannot judge has nothing to replay
 TABLE_4 = {"w/o stages 0 and 1": ["2@1to0", "2b", "3"], "w/o stage 1": ["0", "2", "2b", "3"],
            "w/o stage 2 (captions)": ["0", "1", "2b", "3"],
            "w/o stage 2b (CMKD)": ["0", "1", "2", "3"], "w/o stage 3": ["0", "1", "2", "2b"]}
