@@ -833,7 +833,8 @@ def bradley_terry(n, games, prior=0.1):
     p = torch.sigmoid(s[:, None] - s)                                             # [n, n]
     slope = (p * (1 - p)).fill_diagonal_(0) / (n - 1)
     jacobian = slope.sum(1).diag() - slope
-    return chances(s).tolist(), (jacobian @ hessian.inverse() @ jacobian.T).diag().sqrt().tolist()
+    errors = (jacobian @ hessian.inverse() @ jacobian.T).diag().sqrt()
+    return chances(s).tolist(), errors.clamp(max=0.5).tolist()  # no std within [0, 1] is larger
 
 
 def chances(s):

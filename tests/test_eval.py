@@ -775,6 +775,7 @@ def test_bradley_terry_fit():
     slow = [(p[i].sum() - 0.5).item() / 4 for i in range(5)]
     assert ev.bradley_terry(5, few)[0] == pytest.approx(slow, abs=1e-4)
     assert slow[0] > slow[3] and ev.win_rates(5, few)[0][3] == 0.75  # 3 met the weak ones
+    assert max(ev.bradley_terry(3, [(0, 1, 1.0)], prior=0.01)[1]) <= 0.5  # as in [0, 1]
 
     strengths, draws, errors = [0.8, 0.3, 0.0, -0.4], [], []
     for _ in range(150):
