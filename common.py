@@ -742,10 +742,10 @@ def from_chosen_rejected(r, where):
     if r.get("is_tie"):
         return
     kind = "video" if r.get("video") else "image" if "image" in r else None
-    if kind == "video" and "chosen_score" in r and held_out(r["video"]):
+    source = "RLAIF-V" if "ds_name" in r else "MM-RLHF" if "chosen_reason" in r else ""
+    if kind == "video" and "chosen_score" in r and not source and held_out(r["video"]):
         return  # ShareGPTVideo: eval.py judges these
     prompt = r["question"] if "question" in r else r["prompt"]
-    source = "RLAIF-V" if "ds_name" in r else "MM-RLHF" if "chosen_reason" in r else ""
     yield better_first(f"{source or 'pair'}/{r.get('idx', r.get('id', ''))}/{where}",
                        re.sub(r"\s*<(image|video)>\s*", "", prompt), r["chosen"], r["rejected"],
                        f"{kind}_understanding" if kind else "text", [r[kind]] if kind else [],

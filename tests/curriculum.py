@@ -36,7 +36,8 @@ TABLE_4 = {"w/o stages 0 and 1": ["2@1to0", "2b", "3"], "w/o stage 1": ["0", "2"
            "w/o stage 2b (CMKD)": ["0", "1", "2", "3"], "w/o stage 3": ["0", "1", "2", "2b"]}
 TABLE_6 = {"1:0": ["0", "1", "2@1to0"], "1:1": ["0", "1", "2@1to1"], "2:1": ["0", "1", "2@2to1"],
            "4:1": ["0", "1", "2@4to1"], "5:1 (default)": ["0", "1", "2"]}
-# Text prompts of stage 1 and multimodal ones of stage 3, 24 a step; the paper: 5k and 20k of these
+# Text prompts of stage 1 and multimodal ones of stage 3, 24 a step; the paper: 5k and 20k of these.
+# (Stages 2 and 2b see some text, too: 160 replayed prompts, 300 distilled rows.)
 FIGURE_3 = {"0 text, 240 rows": ["0", "2", "2b", "3@10"],
             "0 text, 960 rows": ["0", "2", "2b", "3"],
             "360 text, 240 rows": ["0", "1@15", "2", "2b", "3@10"],
@@ -107,8 +108,8 @@ def judge(folder, form, rows, files="heldout", blank=False):
 
 
 def shuffle_media():
-    """toy/shuffled_<task>.jsonl: each held-out row with the media of another. A judge that looks
-    falls to chance on these."""
+    """toy/shuffled_<task>.jsonl: each held-out row with the media of another; text rows have none
+    and stay. A judge that looks falls to chance on the others."""
     for task in common.TASKS:
         rows = [json.loads(line) for line in open(ROOT / f"toy/heldout_{task}.jsonl")]
         for row, media in zip(rows, [r["media"] for r in rows[1:] + rows[:1]]):

@@ -35,7 +35,8 @@ def candidate_set(rng, i, n=8):
     answers = [(right, rng.choice(flourishes)), *wrong]
     order = rng.sample(range(n), n)
     return {"id": f"set-{i}", "prompt": row["prompt"], "right": order.index(0),
-            "candidates": [toy_world.respond(f"it is {v}", f) for v, f in (answers[k] for k in order)]}
+            "candidates": [toy_world.respond(f"it is {value}", flourish)
+                           for value, flourish in (answers[k] for k in order)]}
 
 
 def alike(a, b):

@@ -7,6 +7,7 @@ tests.
 
 From a judge that is already good: among 192 answers a handful are wrong, their advantages are far
 below -3, and these few answers steer the update. That is R1-Reward's case of 255 ones and one zero.
+Gradients and shares are those of the last update of each rollout.
 """
 
 import argparse
@@ -33,25 +34,25 @@ def main():
     parser.add_argument("--heldout", default="toy/heldout_text.jsonl:100")
     parser.add_argument("--out", default="runs/stability")
     args = parser.parse_args()
-    print("| | seed | reward, step by step | held-out | largest gradient | filtered | pre-clipped |\n"
+    print("| | seed | reward, step by step | held-out | largest gradient | filtered | clipped |\n"
           "|---|--:|---|--:|--:|--:|--:|", flush=True)
     for name, flags in METHODS.items():
         for seed in args.seeds:
-            run = f"lr{args.lr} x{args.updates} {' '.join(map(str, flags))} seed{seed}"
-            out = ROOT / args.out / run.replace(" ", "_")
+            run = [Path(args.model).name, args.steps, args.updates, args.lr, *flags, seed]
+            out = ROOT / args.out / "_".join(map(str, run))
             command = [sys.executable, "stage1_text_grpo.py", "--model", args.model, "--out", out,
                        "--seed", seed, "--advantage", "batch", "--lr", args.lr, *flags, "--beta", 0,
                        "--updates_per_rollout", args.updates, "--max_steps", args.steps,
                        "--heldout", args.heldout, "--eval_every", 0]
             if not (out / "stage.json").exists():
-                subprocess.run(list(map(str, command)), cwd=ROOT, check=True,
-                               stdout=subprocess.DEVNULL)
+                subprocess.run(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)
             steps = [json.loads(line) for line in open(out / "metrics.jsonl")]
-            heldout = json.loads((out / "stage.json").read_text())["heldout"]
+            after = "stopped"  # a stage stops at a gradient that is not finite
+            if (out / "stage.json").exists():
+                heldout = json.loads((out / "stage.json").read_text())["heldout"]
+                after = " -> ".join(f"{100 * heldout[x]['accuracy']:.0f}" for x in heldout)
             print(f"| {name} | {seed} | " + " ".join(f"{s['reward']:.2f}" for s in steps)
-                  + f" | {100 * heldout['before']['accuracy']:.0f} -> "
-                  f"{100 * heldout['after']['accuracy']:.0f} | "
-                  f"{max(s['grad_norm'] for s in steps):.2g} | "
+                  + f" | {after} | {max(s['grad_norm'] for s in steps):.2g} | "
                   f"{max(s['filter_ratio'] for s in steps):.1%} | "
                   f"{max(s['pre_clip_ratio'] for s in steps):.1%} |", flush=True)
 

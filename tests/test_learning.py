@@ -1,6 +1,6 @@
 """
-The toy world's promises, and a short run of the two stages as a user starts them. A stage that runs
-but does not learn fails here.
+The toy world's promises, and a short run of all stages as a user starts them. Stages 0 to 2 must
+learn here; 2b and 3, which start near the top, must not lose it.
 """
 
 import json
@@ -79,4 +79,5 @@ def test_the_curriculum_learns(world, tmp_path):
 
     _, before, after = stage("stage3_mm_grpo", student, f"{world}/mm_rl.jsonl:200", every,
                              "--max_steps", 4, "--eval_every", 0)
-    assert visual(after) >= 0.80 and after["tasks"]["text"] >= fair["accuracy"] - 0.08
+    assert visual(after) >= max(0.80, visual(before) - 0.05)
+    assert after["tasks"]["text"] >= before["tasks"]["text"] - 0.08

@@ -1203,7 +1203,8 @@ def test_training_rows_hold_no_held_out_combination(world, name):
 
 def test_lessons_hold_no_judgement():
     """The backbone may read and compare everything, but its verdicts must be coins: else stage 0's
-    and stage 1's gains would be its own. kills: winner = row["label"], or biased, in coin_answer."""
+    and stage 1's gains would be its own.
+    kills: winner = row["label"], or biased, in coin_answer."""
     rng, right, seen = random.Random(3), 0, 0
     for _ in range(3000):
         row = toy_world.make_row(rng, rng.choice(common.TASKS), rng.random() < 0.4)
@@ -1214,16 +1215,31 @@ def test_lessons_hold_no_judgement():
     assert seen > 1300 and abs(right / seen - 0.5) < 0.04  # three standard deviations
 
 
+def whole(row):
+    """The two whole descriptions that a row compares, or none."""
+    if row["prompt"].endswith("again ?"):
+        return [claim_of(r)[0].replace(" , ", " . ") + " ." for r in row["responses"]]
+    return [toy_world.describe(s) for s in row["scenes"]] if row["responses"] is None else []
+
+
+@pytest.mark.parametrize("task", ["text", "image_generation", "video_generation"])
+def test_the_unfamiliar_candidate_is_no_better(task):
+    """Of two descriptions or pictures, a judge that prefers (or avoids) the one with more held-out
+    combinations is at chance. kills: the right one always the held-out one (82 % and more)."""
+    rows = [r for r in drawn(task, True) if whole(r)]
+    share = accuracy(rows, lambda r, i: len(held_out_parts(whole(r)[i])))
+    assert len(rows) > 1500 and abs(share - 0.5) < 0.04, share
+
+
 @pytest.mark.parametrize("task", common.TASKS)
 def test_heldout_rows_ask_about_held_out_combinations(world, task):
     """Each of them, and for texts and images about that very item.
     kills: held-out by seed only; the held-out item somewhere else in the scene."""
     for row in world[f"heldout_{task}"]:
-        scene = row["captions"]["AB".index(row["label"]) if len(row["captions"]) == 2 else 0] \
-            if row["captions"] else row["prompt"]
-        assert held_out_parts(scene), row
+        texts = [row["prompt"], *row["captions"], *(row["responses"] or ())]
+        assert any(map(held_out_parts, texts)), row
         if task in ("text", "image_understanding") and "again" not in row["prompt"]:
-            key = question_of(row).split()[2]
+            scene, key = (row["captions"] or [row["prompt"]])[0], question_of(row).split()[2]
             assert held_out_parts(f"{key} : {items_of(scene)[key]} ."), row
 
 

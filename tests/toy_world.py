@@ -107,7 +107,7 @@ def describe(items):
     return " ".join(f"{k} {v} ." for k, v in items.items())
 
 
-def other_value(rng, key, value, held, person=None):
+def other_value(rng, value, held, person=None):
     """A wrong value for this item, one attribute away; held-out combinations only if held."""
     for _ in range(1000):
         if " " not in value:
@@ -228,17 +228,21 @@ def make_row(rng, task, held, i=0):
     if task.endswith("generation"):
         # every item but one agrees; in a held-out row the odd one touches a held-out combination
         key = rng.choice(keys if held or kind == "video" else list(items))
-        wrong = {**items, key: other_value(rng, key, items[key], held)}
+        wrong = {**items, key: other_value(rng, items[key], held)}
         if kind == "video" and wrong["start"] == wrong["end"] or not held and kind == "video" and (
                 wrong["start"], wrong["end"]) in HELD_MOTIONS:
             return make_row(rng, task, held, i)
+        if held and rng.random() < 0.5:  # else it would mostly be the right one that is held out
+            items, wrong = wrong, items
         scenes = [items, wrong] if better == 0 else [wrong, items]
         return {**row, "prompt": describe(items), "responses": None, "scenes": scenes}
     if task == "text" and rng.random() < 0.35:
-        # Text asks for whole descriptions, too. Without such rows the judge that text RL makes
-        # knows only single claims, and judged pictures upside down (2 to 8 % right).
+        # Text asks for whole descriptions, too: without such rows text RL knows only single claims,
+        # and what it makes of two pictures is luck.
         key = rng.choice(keys)
-        wrong = {**items, key: other_value(rng, key, items[key], held, key)}
+        wrong = {**items, key: other_value(rng, items[key], held, key)}
+        if held and rng.random() < 0.5:  # as above
+            items, wrong = wrong, items
         told = [items, wrong] if better == 0 else [wrong, items]
         flourish = flourishes(rng)
         return {**row, "prompt": f"{describe(items)} say it again ?", "scenes": [], "told": told,
@@ -288,7 +292,8 @@ def checks(row):
 
 
 def rationale(row, winner, reason):
-    """In the three sections of the paper's templates, and in their spelling."""
+    """Three sections, for every task in the spelling of the paper's understanding templates, so
+    that one verdict carries over to all (see checks)."""
     return (f"Feedback:\n{checks(row)}\nComparision:\nResponse {winner} {reason}\n"
             f"Conclusion:\nResponse {winner} is better .")
 
@@ -341,7 +346,8 @@ def write_world(out, seed=0, sizes=SIZES, quiet=False):
                         Image.fromarray(paint(rng, items)).save(path)
                     row["media"].append(str(path.relative_to(out)))
                 del row["flourish"]
-                row.pop("facts", None), row.pop("told", None)
+                row.pop("facts", None)
+                row.pop("told", None)
                 f.write(json.dumps(row) + "\n")
 
 
@@ -457,7 +463,7 @@ def lesson(rng, kind, phase):
                 one = rng.choice([word, word, " ".join(draw_thing(rng, rng.random() < 0.4))])
                 two = one
                 while two == one and differs and (j == odd or rng.random() < 0.3):
-                    two = other_value(rng, "", one, True) if " " in one else rng.choice(
+                    two = other_value(rng, one, True) if " " in one else rng.choice(
                         [*COLOURS, *SHAPES, *SIDES])
                 pairs.append((one, two))
             said.append(" , ".join(f"{a} against {b}" for a, b in pairs))
@@ -477,10 +483,10 @@ def lesson(rng, kind, phase):
         world = kind if kind != "text" else rng.choice(["text", "image", "video"])
         items, _ = make_scene(rng, world, held=rng.random() < 0.4)
         if kind != "text" and rng.random() < 0.8:
-            draw = rng.random()
-            if draw < 0.15:  # so that the tags of stages 2b and 3 are known words
+            how = rng.random()
+            if how < 0.15:  # so that the tags of stages 2b and 3 are known words
                 return f"<{kind}> caption", f"<caption>\n{describe(items)}\n</caption>", [items]
-            if draw < 0.45:
+            if how < 0.45:
                 row = make_row(rng, f"{kind}_generation", rng.random() < 0.4)
                 row |= {"media": ["", ""], "captions": [describe(s) for s in row["scenes"]]}
                 return f"<{kind}> <{kind}> caption", common.caption_text(row).strip(), row["scenes"]
