@@ -33,8 +33,8 @@ def test_the_prebuilt_backbone_reads_and_compares_but_does_not_judge():
     assert len(files) == 1 and files[0].stat().st_size <= 2e6
     got = toy_world.check(n=100, quiet=True)
     reading = {k: v for k, v in got.items() if not k.startswith("verdict")}
-    # The prebuilt backbone met texts about three people only, the rows have two or three: it stumbles
-    # over the checks of two, until stage 0 has shown it some.
+    # The prebuilt backbone met texts about three people only, the rows have two or three: it
+    # stumbles over the checks of two, until stage 0 has shown it some.
     assert reading.pop("checks text") >= 70
     assert len(reading) == 11 and min(reading.values()) >= 95, reading
     judging = {k: v for k, v in got.items() if k.startswith("verdict")}
@@ -44,8 +44,7 @@ def test_the_prebuilt_backbone_reads_and_compares_but_does_not_judge():
 def test_the_curriculum_learns(world, tmp_path):
     """Biased rationales -> text -> captions -> distillation -> pixels, as the README runs them but
     with larger rates and fewer steps and rows. What the whole of it measures is in the README."""
-    tasks = ["text", "image_understanding", "image_generation", "video_understanding",
-             "video_generation"]
+    tasks = toy_world.common.TASKS
     every = ",".join(f"{world}/heldout_{t}.jsonl:25" for t in tasks)
 
     def stage(script, start, data, heldout, *flags):

@@ -1043,8 +1043,7 @@ def truth(row):
     if row["responses"] is None:
         return "AB"[[c == row["prompt"] for c in row["captions"]].index(True)]
     if row["prompt"].endswith("say it again ?"):
-        right = [claim_of(r)[0].replace(" , ", " . ") + " ." + " say it again ?" == row["prompt"]
-                 for r in row["responses"]]
+        right = [f"{told} say it again ?" == row["prompt"] for told in whole(row)]
         assert sum(right) == 1, row
         return "AB"[right.index(True)]
     what, key = re.fullmatch(r"(\w+) of (\w+) \?", question_of(row)).groups()
@@ -1225,7 +1224,7 @@ def whole(row):
 @pytest.mark.parametrize("task", ["text", "image_generation", "video_generation"])
 def test_the_unfamiliar_candidate_is_no_better(task):
     """Of two descriptions or pictures, a judge that prefers (or avoids) the one with more held-out
-    combinations is at chance. kills: the right one always the held-out one (82 % and more)."""
+    combinations is at chance. kills: the right one always the held-out one (80, 93, 99.6 %)."""
     rows = [r for r in drawn(task, True) if whole(r)]
     share = accuracy(rows, lambda r, i: len(held_out_parts(whole(r)[i])))
     assert len(rows) > 1500 and abs(share - 0.5) < 0.04, share
