@@ -407,8 +407,8 @@ def as_ab(text, style):
 def in_style(text, style):
     """The other way round, for an answer that is to be learned: 1 and 2 for A and B."""
     return text if style == "msrl" else re.sub(
-        r"(<answer>\s*|\b(?:Response|Answer|Assistant) )([AB])\b",
-        lambda m: m[1] + str("AB".index(m[2]) + 1), text)
+        r"(?:<answer>\s*|\b(?i:response|answer|assistant|chatbot)s? )[AB]\b(?: (?:and|or) [AB]\b)?",
+        lambda m: re.sub(r"\b[AB]\b", lambda side: "12"["AB".index(side[0])], m[0]), text)
 
 
 def parse(text, style="msrl"):

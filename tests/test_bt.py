@@ -414,7 +414,8 @@ def test_iterations_train_and_curate_in_turns(world, tmp_path, monkeypatch):
 def test_construction_runs_with_checkpoints(world, tmp_path):
     # The toy model cannot score, so every row ends as malformed: what is written says so.
     common.write_lines(tmp_path / "prompts.jsonl", [
-        {"id": "q1", "task": "text", "prompt": "thing of ann ?", "media": [], "reference": "a disc"},
+        {"id": "q1", "task": "text", "prompt": "thing of ann ?", "media": [],
+         "reference": "a disc"},
         {"id": "q2", "task": "image_understanding", "prompt": "thing of left ?",
          "media": [str(world / lines(world / "mm_rl.jsonl")[0]["media"][0])],
          "reference": "a disc", "responses": ["a ring", "a disc"]}])

@@ -1299,7 +1299,7 @@ def test_same_seed_same_bytes(tmp_path):
     assert all(here[k] != other[k] for k in here.keys() & other.keys())
 
 
-# --------------------------------------------------------------------------- R1-Reward's consistency
+# -------------------------------------------------------------------------- R1-Reward's consistency
 @pytest.mark.parametrize("reasoning, side", [
     ("Response A is better .", "A"), ("Response 2 is clearly the better one.", "B"),
     ("Response A is **worse**.", "B"), ("The answer 1 is not better.", "B"),
@@ -1368,11 +1368,14 @@ def test_r1_reward_is_the_papers(monkeypatch):
 
 
 def test_style_r1_says_1_and_2(encoder):
-    # kills: an A taken for a verdict, 2 read as A, numbers in the reasoning changed, B's left behind
-    text = "<think>\nResponse B has 2 legs.\n</think>\n<answer>\nB\n</answer>"
+    # kills: an A taken for a verdict, 2 read as A, numbers changed, B's left behind
+    text = ("<think>\nBoth responses A and B walk. Response B has 2 legs, answer A four. A dog.\n"
+            "</think>\n<answer>\nB\n</answer>")
     said = common.in_style(text, "r1")
-    assert said == "<think>\nResponse 2 has 2 legs.\n</think>\n<answer>\n2\n</answer>"
-    assert common.parse(common.as_ab(said, "r1")).verdict == "B" == common.parse(said, "r1").verdict
+    assert said == ("<think>\nBoth responses 1 and 2 walk. Response 2 has 2 legs, answer 1 four. "
+                    "A dog.\n</think>\n<answer>\n2\n</answer>")
+    assert common.parse(common.as_ab(said, "r1")).verdict == "B"
+    assert common.parse(said, "r1").verdict == "B"
     assert common.parse(said).verdict is None and common.parse(text, "r1").verdict is None
     assert common.in_style(text, "msrl") == common.as_ab(text, "msrl") == text
     assert common.rule_consistency(common.as_ab(said, "r1")) == 0  # "has 2 legs" compares nothing
