@@ -52,10 +52,11 @@ BASELINES = {
                                     "--freeze_vision", "False", "--lr", "5e-4"]}
 
 
-def run(*command):
+def run(*command, check=True):
+    """-> minutes"""
     print("$ python " + " ".join(map(str, command)), flush=True)
     start = time.time()
-    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=check)
     return (time.time() - start) / 60
 
 

@@ -3,7 +3,7 @@ R1-Reward's Table 6 and Figure 5 in miniature: text RL with several updates a ro
 standardised over the batch, without and with StableReinforce's two parts. Slow, so not part of the
 tests.
 
-    python tests/stability.py --model runs/stage1_text_grpo --seeds 0 1 2
+    python tests/stability.py        # after tests/curriculum.py --seeds 0 1 2, from its stage 1
 
 From a judge that is already good: among 192 answers a handful are wrong, their advantages are far
 below -3, and these few answers steer the update. That is R1-Reward's case of 255 ones and one zero.
@@ -12,11 +12,10 @@ Gradients and shares are those of the last update of each rollout.
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from curriculum import ROOT, run
+
 METHODS = {"REINFORCE++": ["--pre_clip", 0, "--sigma", 0],
            "+ pre-clip": ["--pre_clip", 1e3, "--sigma", 0],
            "+ advantage filter": ["--pre_clip", 0, "--sigma", 3],
@@ -26,35 +25,35 @@ METHODS = {"REINFORCE++": ["--pre_clip", 0, "--sigma", 0],
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="runs/stage1_text_grpo")
+    parser.add_argument("--model", default="runs/seed{seed}/0-1", help="a good judge for each seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--updates", type=int, default=8, help="optimiser steps a rollout")
-    parser.add_argument("--steps", type=int, default=12, help="rollouts")
+    parser.add_argument("--updates", type=int, default=4, help="optimiser steps a rollout")
+    parser.add_argument("--steps", type=int, default=5, help="rollouts")
     parser.add_argument("--heldout", default="toy/heldout_text.jsonl:100")
     parser.add_argument("--out", default="runs/stability")
     args = parser.parse_args()
-    print("| | seed | reward, step by step | held-out | largest gradient | filtered | clipped |\n"
-          "|---|--:|---|--:|--:|--:|--:|", flush=True)
-    for name, flags in METHODS.items():
+    table = []
+    for method, flags in METHODS.items():
         for seed in args.seeds:
-            run = [Path(args.model).name, args.steps, args.updates, args.lr, *flags, seed]
-            out = ROOT / args.out / "_".join(map(str, run))
-            command = [sys.executable, "stage1_text_grpo.py", "--model", args.model, "--out", out,
-                       "--seed", seed, "--advantage", "batch", "--lr", args.lr, *flags, "--beta", 0,
-                       "--updates_per_rollout", args.updates, "--max_steps", args.steps,
-                       "--heldout", args.heldout, "--eval_every", 0]
-            if not (out / "stage.json").exists():
-                subprocess.run(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)
-            steps = [json.loads(line) for line in open(out / "metrics.jsonl")]
+            name = [args.steps, args.updates, args.lr, *flags, seed]
+            out = Path(args.out, "_".join(map(str, name)))
+            if not (ROOT / out / "stage.json").exists():
+                run("stage1_text_grpo.py", "--model", args.model.format(seed=seed), "--out", out,
+                    "--seed", seed, "--advantage", "batch", "--lr", args.lr, *flags, "--beta", 0,
+                    "--updates_per_rollout", args.updates, "--max_steps", args.steps,
+                    "--heldout", args.heldout, "--eval_every", 0, check=False)
+            steps = [json.loads(line) for line in open(ROOT / out / "metrics.jsonl")]
             after = "stopped"  # a stage stops at a gradient that is not finite
-            if (out / "stage.json").exists():
-                heldout = json.loads((out / "stage.json").read_text())["heldout"]
+            if (ROOT / out / "stage.json").exists():
+                heldout = json.loads((ROOT / out / "stage.json").read_text())["heldout"]
                 after = " -> ".join(f"{100 * heldout[x]['accuracy']:.0f}" for x in heldout)
-            print(f"| {name} | {seed} | " + " ".join(f"{s['reward']:.2f}" for s in steps)
-                  + f" | {after} | {max(s['grad_norm'] for s in steps):.2g} | "
-                  f"{max(s['filter_ratio'] for s in steps):.1%} | "
-                  f"{max(s['pre_clip_ratio'] for s in steps):.1%} |", flush=True)
+            table.append(f"| {method} | {seed} | " + " ".join(f"{s['reward']:.2f}" for s in steps)
+                         + f" | {after} | {max(s['grad_norm'] for s in steps):.2g} | "
+                         f"{max(s['filter_ratio'] for s in steps):.1%} | "
+                         f"{max(s['pre_clip_ratio'] for s in steps):.1%} |")
+    print("\n| | seed | reward, step by step | held-out | largest gradient | filtered | clipped |\n"
+          "|---|--:|---|--:|--:|--:|--:|\n" + "\n".join(table))
 
 
 if __name__ == "__main__":
