@@ -25,10 +25,10 @@ import math
 import random
 import re
 import time
-import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -200,20 +200,22 @@ def bt_loss(chosen, rejected, zero_coefficient):
 
 
 # ------------------------------------------------------------------------------------------- rows
+def measure(row, encoder, settings):
+    """-> tokens of the row's longest prompt; row["same"] tells whether its candidates are equal."""
+    if len(row["media"]) != common.N_MEDIA[row["task"]]:
+        raise common.BadRow("has no media; a reward model reads no captions")
+    parts = candidates(row, encoder, settings)
+    answers = [ids for _, group in parts for ids in group]
+    row["same"] = len({*row["media"]}) == 1 if row["task"].endswith("generation") else \
+        answers[0] == answers[1]
+    return max(len(prompt.ids) for prompt, _ in parts)
+
+
 def load_pairs(sources, encoder, settings, cfg, exclude=""):
     """Preference rows, checked and measured as this model reads them."""
-    def measure(row, form):
-        if len(row["media"]) != common.N_MEDIA[row["task"]]:
-            raise common.BadRow("has no media; a reward model reads no captions")
-        parts = candidates(row, encoder, settings)
-        answers = [ids for _, group in parts for ids in group]
-        swapped = row["task"].endswith("generation") and settings["t2i"] == "swap"
-        row["same"] = len({*row["media"]}) == 1 if swapped else answers[0] == answers[1] or \
-            row["task"].endswith("generation") and len({*row["media"]}) == 1
-        return max(len(prompt.ids) for prompt, _ in parts)
-
     # load_rows() wants no more of an encoder than this
-    reader = SimpleNamespace(forbidden=encoder.forbidden, check=measure)
+    reader = SimpleNamespace(forbidden=encoder.forbidden,
+                             check=lambda row, form: measure(row, encoder, settings))
     rows = common.load_rows(sources, reader, "pixels", cfg.max_prompt_tokens, cfg.skip_bad_rows,
                             exclude)
     kept = [row for row in rows if not row.pop("same")]
@@ -236,7 +238,14 @@ def balanced(rows, seed):
     UNSPECIFIED: how the paper resamples."""
     sides = {s: [r for r in rows if longer(r) == s] for s in (1, 0, -1)}
     n, rng = min(len(sides[1]), len(sides[-1])), random.Random(seed)
-    return sides[0] + rng.sample(sides[1], n) + rng.sample(sides[-1], n)
+    kept = sides[0] + rng.sample(sides[1], n) + rng.sample(sides[-1], n)
+    if common.rank() == 0:
+        print(f"--balance_length: the better response is the longer one in {len(sides[1])} rows, "
+              f"the shorter in {len(sides[-1])}; {len(kept)} of {len(rows)} rows kept")
+    if not kept:
+        raise SystemExit("--balance_length leaves no row: the better response is the longer one in "
+                         "all rows, or in none.")
+    return kept
 
 
 # ---------------------------------------------------------------------------------------- scoring
@@ -264,15 +273,25 @@ def score_all(model, encoder, rows, batch_size=64, desc="scoring"):
     for k in tqdm(range(common.rank(), len(batches), common.world()), desc=desc, leave=False,
                   disable=common.rank() > 0, mininterval=1):
         some = [rows[i] for i in batches[k]]
-        scores = iter(score_batch(model, encoder, some).tolist())
+        try:
+            scores = iter(score_batch(model, encoder, some).tolist())
+        except common.BadRow as e:
+            raise SystemExit(f"scoring {', '.join(str(row.get('id')) for row in some)}: one {e}.")
         found += [(i, [next(scores) for _ in row["responses"] or row["media"]])
                   for i, row in zip(batches[k], some)]
     return [scores for _, scores in sorted(common.gather_list(found))]
 
 
 def score_rows(model, encoder, rows, batch_size=64, desc="scoring"):
-    """-> (score of A, score of B) for every preference row."""
-    return [tuple(s) for s in score_all(model, encoder, rows, batch_size, desc)]
+    """-> (score of A, score of B) for every preference row. Two media in one prompt (--t2i pair)
+    are shown in both orders, and the means count."""
+    scores = score_all(model, encoder, rows, batch_size, desc)
+    paired = [i for i, row in enumerate(rows) if model.settings["t2i"] == "pair"
+              and row["task"].endswith("generation")]
+    turned = score_all(model, encoder, [common.swap(rows[i]) for i in paired], batch_size, desc)
+    for i, (b, a) in zip(paired, turned):
+        scores[i] = [(scores[i][0] + a) / 2, (scores[i][1] + b) / 2]
+    return [tuple(s) for s in scores]
 
 
 def score_texts(model, encoder, items, batch_size=64, desc="scoring"):
@@ -287,17 +306,32 @@ def score_texts(model, encoder, items, batch_size=64, desc="scoring"):
 
 
 @torch.no_grad()
-def group_rewards(model, encoder, item, responses, scheme="hybrid", reference=None):
+def group_rewards(model, encoder, item, responses, scheme="hybrid", reference=None,
+                  max_new_tokens=512):
     """Rewards for a group of answers to one prompt, to train another model with (BaseReward C).
-    `item` is {"task", "prompt", "media"}. "rule": 1 if the answer is the reference, else 0;
-    "model": its score; "hybrid": 1 if it is the reference, else sigmoid(score)."""
+    `item` is {"task", "prompt", "media"}, no generation task. "rule": 1 if the answer is the
+    reference, else 0; "model": its score; "hybrid": 1 if it is the reference, else sigmoid(score).
+    A judge (common.load) in place of a reward model (load): its score is the share of the other
+    answers it is preferred to, every pair in both orders; being in [0, 1], it needs no sigmoid."""
+    if item["task"].endswith("generation"):
+        raise ValueError(f"{item['task']}: texts are rewarded, not images or videos")
     matches = [float(reference is not None and r.strip() == reference.strip()) for r in responses]
     if scheme == "rule":
         return matches
-    scores = score_batch(model, encoder, [{**item, "responses": list(responses)}])
-    if scheme == "model":
-        return scores.tolist()
-    return [m or s for m, s in zip(matches, scores.sigmoid().tolist())]
+    if hasattr(model, "reward_head"):
+        scores = score_batch(model, encoder, [{**item, "responses": list(responses)}])
+        own, bounded = scores.tolist(), scores.sigmoid().tolist()
+    else:
+        pairs = list(combinations(range(len(responses)), 2))
+        rows = [{**item, "id": str(p), "captions": [], "tokens": 0, "label": "A",
+                 "responses": [responses[i] for i in p]} for p in pairs]
+        own = [0.0] * len(responses)
+        for pred in common.judge(model, encoder, rows, sample_group, max_new_tokens=max_new_tokens):
+            for i, side in zip(pairs[pred["row"]], "AB"):  # no verdict: half to each (UNSPECIFIED)
+                own[i] += (0.5 if pred["pred"] is None else pred["pred"] == side) / (
+                    2 * (len(responses) - 1))
+        bounded = own
+    return own if scheme == "model" else [m or s for m, s in zip(matches, bounded)]
 
 
 def describe(rows, scores):
@@ -359,7 +393,7 @@ def train(cfg, device, out, rows=None):
         batch.sort(key=lambda row: row["tokens"])  # alike lengths together: less padding
         done = (step - warmup) / max(1, steps - warmup)
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * ((step + 1) / warmup if done <= 0 else
+            group["lr"] = cfg.lr * ((step + 1) / warmup if step < warmup else
                                     0.5 + 0.5 * math.cos(math.pi * done))
         if cfg.gradient_checkpointing:
             model.train()
@@ -385,7 +419,7 @@ def train(cfg, device, out, rows=None):
         bar.set_postfix(loss=f"{loss:.3f}", acc=f"{metrics['accuracy']:.2f}", refresh=False)
         if common.rank() == 0:
             common.append(Path(out, "metrics.jsonl"), {
-                "step": step + 1, "loss": loss, "grad_norm": norm, **metrics,
+                "step": step + 1, "loss": loss, "grad_norm": norm, "lr": group["lr"], **metrics,
                 "step_time": time.time() - began, "peak_memory_gb": common.peak_memory_gb()})
             if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
                 common.save_state(out, model, optimizer, step + 1, cfg, before=before)
@@ -406,27 +440,6 @@ def save(out, model, encoder, cfg, step, heldout):
 
 
 # --------------------------------------------------------------------------------------- curation
-def resumed(path, made_by, rows, work, chunk=256):
-    """work(some rows) -> one JSON value a row. What is done stays in `path`, so a killed run goes
-    on there. -> the values of all rows."""
-    content = [[r.get(k) for k in ("id", "prompt", "responses", "media")] for r in rows]
-    mark = [str(made_by), zlib.crc32(json.dumps(content).encode())]
-    was, *done = common.whole_lines(path) or [mark]
-    if was != mark:
-        raise SystemExit(f"{path} was made by {was[0]}, or of other rows. Delete it, or take "
-                         "another --out.")
-    if common.rank() == 0:
-        common.write_lines(path, [mark, *done])
-    for at in range(len(done), len(rows), chunk):
-        some = work(rows[at:at + chunk])
-        done += some
-        if common.rank() == 0:
-            for value in some:
-                common.append(path, value)
-    common.gather_list([])  # nobody reads this file again before it is whole
-    return done
-
-
 def margin(scores, label):
     return (scores[0] - scores[1]) * (1 if label == "A" else -1)
 
@@ -438,6 +451,16 @@ def to_flip(strengths):
     return {i for _, i in negative[:len(negative) // 2]}
 
 
+def trained_style(folder):
+    """--style of the stage that made a judge; a reward model is none."""
+    file = Path(folder, "stage.json")
+    stage = json.loads(file.read_text()) if file.is_file() else {}
+    if stage.get("stage") == "bt_reward":
+        raise SystemExit(f"{folder} is a reward model and states no verdict; --judges are made by "
+                         "the stages, --models by this script.")
+    return stage.get("config", {}).get("style", "msrl")
+
+
 def curate(rows, voters, own, judges, cfg, device, out):
     """DT2IT 3.3, three steps; see its Figure 1 (d). Writes curated.jsonl, dropped.jsonl (each row
     with what happened to it) and curation.json below `out`. -> the curated rows."""
@@ -447,21 +470,38 @@ def curate(rows, voters, own, judges, cfg, device, out):
     args = {"frames": cfg.frames, "max_tiles": cfg.max_tiles}
     # loaded only if there is something left to do
     reward_model = lru_cache(1)(lambda folder: load(folder, device, **args))
-    generative = lru_cache(1)(lambda folder: common.load(folder, device, **args))
+    generative = lru_cache(1)(lambda folder: common.load(folder, device, style=trained_style(
+        folder), **args))
+
+    def readable(folder, encoder, row):
+        """A prompt that is too long for a judge gets no verdict of it."""
+        try:
+            return encoder.check(row, "pixels") <= cfg.max_prompt_tokens
+        except common.BadRow as e:
+            raise SystemExit(f"{folder} cannot judge row {row['id']}: it {e}.")
 
     def scored(folder):
-        return resumed(place(folder), folder, rows, lambda some: score_rows(
-            *reward_model(folder), some, cfg.eval_batch, f"scores of {folder}"))
+        return common.resumed(
+            place(folder), {"model": common.stamps(folder), **args}, rows, lambda some: score_rows(
+                *reward_model(folder), some, cfg.eval_batch, f"scores of {folder}"))
 
     def judged(folder, doubted):
         def work(some):
-            preds = common.judge(*generative(folder), some, sample_group, batch_size=cfg.eval_batch,
-                                 max_new_tokens=cfg.judge_tokens, desc=f"verdicts of {folder}")
-            return [[p["pred"] for p in preds if p["row"] == i] for i in range(len(some))]
-        return resumed(place(folder), f"{folder}, {cfg.judge_tokens} tokens", doubted, work)
+            model, encoder = generative(folder)
+            fit = [k for k, row in enumerate(some) if readable(folder, encoder, row)]
+            preds = common.judge(model, encoder, [some[k] for k in fit], sample_group,
+                                 batch_size=cfg.eval_batch, max_new_tokens=cfg.judge_tokens,
+                                 desc=f"verdicts of {folder}")
+            said = [[] for _ in some]
+            for p in preds:
+                said[fit[p["row"]]].append(p["pred"])
+            return said
+        return common.resumed(place(folder), {"model": common.stamps(folder), **args,
+                                              "judge_tokens": cfg.judge_tokens}, doubted, work)
 
     rows = [{**row, "media": [str(Path(m).resolve()) for m in row["media"]],
-             "curation": {"given": row["label"], "flipped": False}} for row in rows]
+             "curation": {"given": row["label"], "flipped": False,
+                          "before": row.get("curation")}} for row in rows]
     # 1. preference strength: the mean margin of the voters; flip the worst, set by set
     votes = [scored(folder) for folder in voters]
     for source in dict.fromkeys(row.get("source") for row in rows) if votes else ():
@@ -476,7 +516,7 @@ def curate(rows, voters, own, judges, cfg, device, out):
     doubted = []
     for row, scores in zip(rows, scored(own)):
         row["curation"] |= {"own_margin": margin(scores, row["label"]), "fate": "agreed"}
-        if row["curation"]["own_margin"] <= 0:
+        if not row["curation"]["own_margin"] > 0:  # also if it is not a number
             doubted.append(row)
     # 3. the rest goes to the judges, each in both orders; majority, ties dropped
     ballots = [judged(folder, doubted) for folder in judges] if doubted else []
@@ -500,17 +540,19 @@ def curate(rows, voters, own, judges, cfg, device, out):
         common.write_lines(out / "curated.jsonl", parts[0])
         (out / "curation.json").write_text(json.dumps(summary, indent=2) + "\n")
         print(f"{out}/curated.jsonl: " + ", ".join(f"{k} {v}" for k, v in summary.items()))
-    if not parts[0]:
-        raise SystemExit(f"{out}: curation left no row; see dropped.jsonl.")
     return parts[0]
 
 
 def iterate(cfg, device):
     """DT2IT 3.3, the framework: training and curation in turns, T times."""
-    _, encoder = common.load(cfg.model, device, frames=cfg.frames, max_tiles=cfg.max_tiles)
+    model, encoder = common.load(cfg.model, device, frames=cfg.frames, max_tiles=cfg.max_tiles)
+    del model  # train() and curate() load what they need
     settings = settings_of(asdict(cfg))
     data, noisy = (load_pairs(source, encoder, settings, cfg, cfg.exclude)
                    for source in (cfg.data, cfg.curate))                       # D_0, and D^open
+    if len(noisy) < cfg.iterations:
+        raise SystemExit(f"{cfg.curate}: {len(noisy)} rows are too few for --iterations "
+                         f"{cfg.iterations}.")
     step = lambda t, name: Path(cfg.out, f"{t}-{name}")
 
     def trained(rows, out):
@@ -529,6 +571,8 @@ def iterate(cfg, device):
         both = data + new                                                      # 3. D'_t, r'_t
         better = trained(both, step(t, "first"))
         data = curate(both, [], better, cfg.judges, cfg, device, step(t, "all"))  # 4. D_t
+        if not data:
+            raise SystemExit(f"{step(t, 'all')}: curation left no row; see dropped.jsonl.")
         own = trained(data, step(t, "model"))                                  # 5. r_t
     if common.rank() == 0:
         print(f"the last model is {own}/")
@@ -609,6 +653,7 @@ def pairs_of(row, models, cfg):
             question=row["prompt"], reference=row["reference"], responses=t) for t in told], 1, 0.0)
         return [overall(t, len(g)) for t, g in zip(texts, groups)]
 
+    # DEVIATION: the paper samples hot and with a nucleus, ours at temperature 1 without
     responses = row["responses"] or answers(writer, [row["prompt"]], cfg.samples)      # step 2
     listwise, = scores([responses])                                                    # step 3
     done = "as they were"
@@ -653,8 +698,8 @@ def construct(cfg, device):
                     str(raw.get("task")).endswith("generation"):
                 raise common.BadRow("needs a 'reference' text and a task that is no generation")
             texts = raw.get("responses") or []
-            if not isinstance(texts, list):
-                raise common.BadRow("has 'responses' that are no list")
+            if not isinstance(texts, list) or len(texts) == 1:
+                raise common.BadRow("has 'responses' that are no list of two or more")
             for text in [*texts, raw["reference"]]:
                 row = common.check_row({**raw, "label": "A", "responses": [text, text]},
                                        Path(cfg.construct).resolve().parent)
@@ -675,7 +720,7 @@ def construct(cfg, device):
 
     made_by = {k: getattr(cfg, k) for k in ("teacher", "candidates", "samples", "low", "high",
                                             "noise", "judge_tokens", "seed", "frames", "max_tiles")}
-    found = resumed(out / "groups.jsonl", made_by, rows, work, chunk=16)
+    found = common.resumed(out / "groups.jsonl", made_by, rows, work, chunk=16)
     if common.rank() == 0:
         common.write_lines(out / "pairs.jsonl", [pair for pairs, _ in found for pair in pairs])
         print(f"{out}/pairs.jsonl: {sum(len(p) for p, _ in found)} pairs of {len(rows)} rows: "
@@ -692,6 +737,8 @@ def main():
     if cfg.construct:
         if not (cfg.teacher and cfg.candidates):
             raise SystemExit("--construct needs a --teacher and --candidates.")
+        if cfg.samples < 2:
+            raise SystemExit("--samples is at least 2: one response makes no pair.")
         construct(cfg, device)
     elif cfg.iterations:
         iterate(cfg, device)
@@ -701,7 +748,8 @@ def main():
         model, encoder = load(cfg.models[0], device, cfg.frames, cfg.max_tiles)
         rows = load_pairs(cfg.curate, encoder, model.settings, cfg, cfg.exclude)
         del model  # it is loaded again when its turn comes
-        curate(rows, cfg.models, cfg.models[0], cfg.judges, cfg, device, cfg.out)
+        if not curate(rows, cfg.models, cfg.models[0], cfg.judges, cfg, device, cfg.out):
+            raise SystemExit(f"{cfg.out}: curation left no row; see dropped.jsonl.")
     else:
         train(cfg, device, cfg.out)
     common.end_processes()

@@ -462,8 +462,10 @@ def task_reward(text, row):
 _SIDE = r"(?:response|image|video|answer|assistant|chatbot)\s*([ab12])\b"
 _COMPARES = re.compile(
     rf"{_SIDE}\s+(is|isn't|(?:might|may|could) be)\s+((?:\w+\s+){{0,3}}?)"
-    r"(?:(better|best|superior|preferable|preferred|stronger)|worse|worst|inferior|weaker)\b"
-    rf"|\b(?:prefer|choose|select|favou?r)\s+{_SIDE}|\bbetter\s+(?:\w+\s+)?is\s+{_SIDE}")
+    r"(?:(better|best|superior|preferable|preferred|stronger|winner|more\s+(?:accurate|correct|"
+    r"helpful|faithful|complete))|worse|worst|inferior|weaker)\b"
+    rf"|\b(?:prefer|choose|select|favou?r)\s+{_SIDE}|\bbetter\s+(?:\w+\s+)?is\s+{_SIDE}"
+    rf"|{_SIDE}\s+(?:wins|prevails|outperforms|surpasses)\b")
 _STATES_NOTHING = re.compile(r"\b(?:if|whether|both|neither|equally|tie|tied|might|may|could)\b")
 
 _MAY_NEGATE = re.compile(r"\b(?:no|not|never|hardly|less|least|far from|only|cannot)\b|n't\b")
@@ -477,8 +479,8 @@ def concluded(reasoning):
         found = list(_COMPARES.finditer(sentence))
         if not found:
             continue
-        subject, verb, between, good, chosen, named = found[-1].groups()
-        side = {"1": "a", "2": "b"}.get(x := subject or chosen or named, x)
+        subject, verb, between, good, *others = found[-1].groups()
+        side = {"1": "a", "2": "b"}.get(x := subject or next(filter(None, others)), x)
         negated = verb == "isn't" or (between or "").split() in (["not"], ["not", "the"])
         if subject and bool(good) == bool(negated):  # "is worse", "is not better"
             side = "ab"[side == "a"]
@@ -1004,7 +1006,7 @@ def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_
             too_long += len(some) - len(short)
             known += len(short) - len(new)
             new = new[:None if count == math.inf else count - taken]
-            rows += new
+            rows += [{**r, "source": r.get("source") or source} for r in new]
             taken += len(new)
     if not quiet and rank() == 0:
         print(f"{sources}: {len(rows)} rows"
@@ -1506,6 +1508,35 @@ def whole_lines(path):
         except ValueError:  # also of a character cut in the middle, and of the empty last line
             break
     return out
+
+
+def resumed(path, made_by, rows, work, chunk=256):
+    """work(some rows) -> one JSON value a row. What is done stays in `path`, so a killed run goes
+    on there; what was made in another way, or of other rows, is refused. -> the values of all."""
+    content = [[r.get(k) for k in ("id", "task", "prompt", "responses", "media", "reference")]
+               for r in rows]
+    mark = [json.dumps(made_by), zlib.crc32(json.dumps(content).encode())]
+    was, *done = whole_lines(path) or [mark]
+    if was != mark:
+        raise SystemExit(f"{path} was made by {was[0]}, or of other rows. Delete it, or take "
+                         "another --out.")
+    if rank() == 0:
+        write_lines(path, [mark, *done])
+    for at in range(len(done), len(rows), chunk):
+        some = work(rows[at:at + chunk])
+        done += some
+        if rank() == 0:
+            for value in some:
+                append(path, value)
+    gather_list([])  # nobody reads this file again before it is whole
+    return done
+
+
+def stamps(*paths):
+    """What tells a file, or the checkpoint in a folder, from a newer one of the same name."""
+    files = [f for p in paths for f in (
+        Path(p), Path(p, "stage.json"), Path(p, "model.safetensors"))]
+    return [[str(f), f.stat().st_size, f.stat().st_mtime] for f in files if f.is_file()]
 
 
 def write_lines(path, rows):

@@ -40,6 +40,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
+import bt_reward
 import common
 from common import BadRow
 from stage1_text_grpo import sample_group
@@ -636,8 +637,8 @@ def place_of(row):
 
 def reward_scores(loaded, batch, args):
     """[(row, order)] -> prediction rows of Bradley-Terry models; the scores of several are averaged
-    (BaseReward's ensemble). Each response is scored alone, so there is one order."""
-    import bt_reward
+    (BaseReward's ensemble). Each response is scored alone (a pair of media in both orders, their
+    mean), so there is one order."""
     rows = [row for row, _ in batch]
     each = [bt_reward.score_rows(*judge, rows, args.batch_size, "scoring") for judge in loaded]
     means = [[sum(side) / len(each) for side in zip(*some)] for some in zip(*each)]
@@ -654,7 +655,6 @@ def load_judge(folders, args, device):
     """-> [(model, encoder)], one, or several Bradley-Terry models."""
     sees = {"frames": args.frames, "max_tiles": args.max_tiles}
     if all(map(is_reward_model, folders)):
-        import bt_reward
         return [bt_reward.load(f, device, **sees) for f in folders]
     if len(folders) > 1:
         raise SystemExit("several --model are averaged if all are Bradley-Terry models; these "
@@ -663,11 +663,12 @@ def load_judge(folders, args, device):
                         style=args.style)]
 
 
-def fit_to_judge(rows, encoder, args):
+def fit_to_judge(rows, loaded, args):
     """-> the rows that a model is to judge, checked, with the length of their prompts. Ties are not
     shown to a judge whose prompt knows A and B; scores have use for them, as thresholds. What
     cannot be shown is left out, so it counts as wrong."""
     fit, bad, long = [], Counter(), 0
+    model, encoder = loaded[0]
     scored = is_reward_model(args.model[0])
     labels = ("A", "B", *TIES) if scored else ("A", "B")
     for row in tqdm([r for r in rows if r["label"] in labels], desc="reading prompts",
@@ -675,7 +676,8 @@ def fit_to_judge(rows, encoder, args):
         try:
             row = {**common.check_row({**row, "label": "A"}, "", encoder.forbidden),
                    "label": row["label"]}
-            row["tokens"] = 0 if scored else encoder.check(row, args.form)
+            row["tokens"] = bt_reward.measure(row, encoder, model.settings) if scored else \
+                encoder.check(row, args.form)
             if row["tokens"] > args.max_prompt_tokens:
                 long += 1
             else:
@@ -707,9 +709,11 @@ def judge_rows(loaded, rows, args, out=None, orders=("AB", "BA")):
     preds = [p for p in preds if (*key_of(p), p["order"]) in done]
     if out and common.rank() == 0:
         common.write_lines(out, preds)
-    for at in tqdm(range(0, len(batches), common.world()), desc="judging", unit="batch",
+    # a reward model spreads each batch over the processes itself, a judge takes one batch on each
+    width, mine = (1, 0) if reward else (common.world(), common.rank())
+    for at in tqdm(range(0, len(batches), width), desc="judging", unit="batch",
                    disable=common.rank() > 0, leave=False, mininterval=1):
-        k, new = at + common.rank(), []
+        k, new = at + mine, []
         batch = [(r, o) for r, o in (batches[k] if k < len(batches) else [])
                  if (*key_of(r), o) not in done]
         if batch and reward:
@@ -719,7 +723,7 @@ def judge_rows(loaded, rows, args, out=None, orders=("AB", "BA")):
             generator = torch.Generator(next(model.parameters()).device)
             new = generated(model, encoder, batch, generator.manual_seed(args.seed * 1_000_003 + k),
                             args)
-        new = common.gather_list(new)
+        new = new if reward else common.gather_list(new)
         if out and common.rank() == 0:
             with open(out, "a", encoding="utf-8") as f:
                 f.writelines(json.dumps(p, ensure_ascii=False) + "\n" for p in new)
@@ -736,10 +740,7 @@ def opened(out, args):
             "score", "table", "toy")
     settings = {k: v for k, v in vars(args).items() if k not in free}
     # the same names may hold other rows by now, or a judge that was trained further
-    used = [args.data, args.rank, *(Path(m, f) for m in args.model for f in (
-        "stage.json", "model.safetensors"))]
-    settings["files"] = [[str(p), Path(p).stat().st_size, Path(p).stat().st_mtime]
-                         for p in used if p and Path(p).is_file()]
+    settings["files"] = common.stamps(*(p for p in (args.data, args.rank, *args.model) if p))
     beside = Path(out).with_suffix(".settings.json")
     if not Path(out).exists():
         if common.rank() == 0:
@@ -756,7 +757,7 @@ def opened(out, args):
 def judged(args, loaded, rows, out=None):
     """-> prediction rows of a judge, with "at", as score() takes them."""
     place = {key_of(r): at for at, r in enumerate(rows)}
-    fit = fit_to_judge(rows, loaded[0][1], args)
+    fit = fit_to_judge(rows, loaded, args)
     return [{**p, "at": place[key_of(p)]} for p in judge_rows(loaded, fit, args, out)
             if key_of(p) in place]
 
@@ -852,8 +853,7 @@ def ranked_pairwise(sets, loaded, args, out):
             both = [s["candidates"][i], s["candidates"][j]]
             shown = {"media": both} if s["task"].endswith("generation") else {"responses": both}
             rows.append({**s, "id": str(s["id"]), "i": i, "j": j, "label": "A", **shown})
-    shares = shares_of(judge_rows(loaded, fit_to_judge(rows, loaded[0][1], args), args, out,
-                                  ("AB",)))
+    shares = shares_of(judge_rows(loaded, fit_to_judge(rows, loaded, args), args, out, ("AB",)))
     fit = win_rates if args.aggregate == "win_rate" else bradley_terry
     for s, some in zip(sets, pairs):
         games = [(*p, shares[s["row"], *p]) for p in some if (s["row"], *p) in shares]
@@ -876,8 +876,7 @@ def shares_of(preds):
 def ranked_by_score(sets, loaded, args):
     """Bradley-Terry models score each candidate once. The standard error is that of the mean over
     several models; one model is a function, without a spread to see: null."""
-    import bt_reward
-    items = [{"task": s["task"], "prompt": s["prompt"], **(
+    items = [{"id": s["id"], "task": s["task"], "prompt": s["prompt"], **(
         {"media": [c], "response": None} if s["task"].endswith("generation") else
         {"media": s["media"], "response": c})} for s in sets for c in s["candidates"]]
     each = torch.tensor([bt_reward.score_texts(*judge, items, args.batch_size, "scoring")
@@ -1054,14 +1053,21 @@ def attempts(args, device):
                                  max_tiles=args.max_tiles, style=args.style)
     rows = common.load_rows(args.data, encoder, args.form, args.max_prompt_tokens,
                             args.skip_bad_rows)
-    rows = [common.swap(r) if common.coin("attempts", args.seed, r["id"]) else r for r in rows]
-    preds = common.judge(model, encoder, rows, sample_group, args.form, args.attempts,
-                         args.temperature, args.max_new_tokens, args.batch_size, args.seed,
-                         orders=("AB",), desc="attempts")
-    for k, row in enumerate(rows):
-        right = [p["pred"] == row["label"] for p in preds[k * args.attempts:][:args.attempts]]
-        row["attempts"] = [*right, True].index(True) + 1
-        row["media"] = [os.path.abspath(m) for m in row["media"]]
+
+    def needed(some):
+        shown = [common.swap(r) if common.coin("attempts", args.seed, r["id"]) else r for r in some]
+        preds = common.judge(model, encoder, shown, sample_group, args.form, args.attempts,
+                             args.temperature, args.max_new_tokens, args.batch_size, args.seed,
+                             orders=("AB",), desc="attempts")
+        right = [p["pred"] == shown[p["row"]]["label"] for p in preds]
+        return [[*right[k:k + args.attempts], True].index(True) + 1
+                for k in range(0, len(right), args.attempts)]
+    made_by = {k: getattr(args, k) for k in ("attempts", "temperature", "max_new_tokens", "seed",
+                                             "form", "style", "batch_size", "frames", "max_tiles")}
+    counts = common.resumed(Path(args.out).with_suffix(".attempts.jsonl"), {
+        **made_by, "model": common.stamps(*args.model)}, rows, needed, chunk=8 * args.batch_size)
+    rows = [{**row, "attempts": n, "media": [os.path.abspath(m) for m in row["media"]]}
+            for row, n in zip(rows, counts)]
     if common.rank() == 0:
         common.write_lines(args.out, rows)
         print(f"{args.out}: attempts needed " + ", ".join(

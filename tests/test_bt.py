@@ -7,6 +7,7 @@ fail.
 import json
 import math
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from test_runs import cpu_only, lines, run_here, torchrun  # noqa: F401  (cpu_on
 
 import bt_reward as bt
 import common
+import eval as ev
 
 SETTINGS = {"head_layers": 2, "head_activation": "silu", "t2i": "pair", "length_norm": False,
             "max_response_tokens": 64}
@@ -153,6 +155,8 @@ def test_length_balance():
             for i, s in enumerate(sides)]
     rows.append({"id": 12, "responses": None, "label": "A"})
     kept = bt.balanced(rows, seed=0)
+    with pytest.raises(SystemExit, match="leaves no row"):
+        bt.balanced([r for r in rows if r["id"] < 7], seed=0)
     assert sorted(sides[r["id"]] for r in kept if r["id"] < 12) == [-1] * 3 + [0] * 2 + [1] * 3
     assert len({r["id"] for r in kept}) == 9 and 12 in {r["id"] for r in kept}
 
@@ -168,7 +172,8 @@ def test_the_lower_half_of_the_negatives_is_flipped(strengths, want):
 def fake_models(monkeypatch, scores, verdicts):
     """scores {model: {id: (a, b)}} and verdicts {judge: {id: (pred in AB, pred in BA)}}."""
     monkeypatch.setattr(bt, "load", lambda folder, *_, **__: (folder, None))
-    monkeypatch.setattr(common, "load", lambda folder, *_, **__: (folder, None))
+    judge = SimpleNamespace(check=lambda row, form: 9 if row["id"] == "long" else 5)
+    monkeypatch.setattr(common, "load", lambda folder, *_, **__: (folder, judge))
     monkeypatch.setattr(bt, "score_rows", lambda model, _, rows, *more: [
         scores[model][r["id"]] for r in rows])
     monkeypatch.setattr(common, "judge", lambda model, _, rows, *more, **kind: [
@@ -177,21 +182,23 @@ def fake_models(monkeypatch, scores, verdicts):
 
 def test_curation_by_hand(tmp_path, monkeypatch):
     # kills: a flip by one model's score, over all sources at once, step 2 by the given label,
-    # judges that see agreed rows, ties kept, None among the votes, the majority's other side
-    ids = "flip weak fine other worst none turn even also".split()
+    # judges that see agreed rows or prompts over the limit, ties kept, None among the votes, the
+    # majority's other side
+    ids = "flip weak fine other long worst none turn even also".split()
     rows = [{"id": i, "task": "text", "label": "A", "media": [], "rationale": "A",
-             "source": "two" if i == "other" else "one"} for i in ids]
+             "source": "two" if i in ("other", "long") else "one"} for i in ids]
     margins = {"own": {"flip": -4, "weak": -1, "fine": 2, "other": -9, "worst": -1, "none": -1.5,
-                       "turn": -2, "even": -1, "also": -3},
+                       "turn": -2, "even": -1, "also": -3, "long": -1},
                "peer": {"flip": -6, "weak": -1.5, "fine": -1, "other": -9, "worst": -2, "none": -1,
-                        "turn": 1, "even": 0.3, "also": -3}}
+                        "turn": 1, "even": 0.3, "also": -3, "long": 2}}
     scores = {m: {i: (d + 7, 7) for i, d in of.items()} for m, of in margins.items()}
     verdicts = {"j1": {"weak": "AA", "other": "BB", "even": "AB", "none": [None, None],
                        "turn": ["B", None]},
                 "j2": {"weak": "AB", "other": "AB", "even": "BA", "none": [None, None],
                        "turn": ["B", "A"]}}
     fake_models(monkeypatch, scores, verdicts)
-    cfg = SimpleNamespace(frames=8, max_tiles=12, eval_batch=4, judge_tokens=9)
+    cfg = SimpleNamespace(frames=8, max_tiles=12, eval_batch=4, judge_tokens=9,
+                          max_prompt_tokens=8)
     kept = bt.curate(rows, ["own", "peer"], "own", ["j1", "j2"], cfg, "cpu", tmp_path)
     # margins in source one: -5 -3 -1.5 | -1.25 -1.25 -.5 -.35: of seven negatives three are flipped
     fate = {r["id"]: (r["label"], r["curation"]["flipped"], r["curation"]["fate"])
@@ -200,18 +207,33 @@ def test_curation_by_hand(tmp_path, monkeypatch):
                     "worst": ("B", True, "agreed"), "also": ("B", True, "agreed"),
                     "weak": ("A", False, "re-annotated"), "even": ("A", False, "dropped: tie"),
                     "other": ("B", False, "re-annotated"), "turn": ("B", False, "re-annotated"),
-                    "none": ("A", False, "dropped: no verdict")}
+                    "none": ("A", False, "dropped: no verdict"),
+                    "long": ("A", False, "dropped: no verdict")}
     assert {r["id"]: r["rationale"] for r in kept} == {
-        i: "A" if i in ("weak", "fine") else None for i in ids if i not in ("none", "even")}
+        i: "A" if i in ("weak", "fine") else None for i in ids if i not in ("none", "even", "long")}
     assert [r["curation"]["votes"] for r in kept if r["id"] == "turn"] == [{"B": 2, "A": 1}]
     summary = json.loads((tmp_path / "curation.json").read_text())
-    assert (summary["rows"], summary["flipped"], summary["kept"]) == (9, 3, 7)
+    assert (summary["rows"], summary["flipped"], summary["kept"]) == (10, 3, 7)
     # again: nothing is scored anew; other rows are refused
     monkeypatch.setattr(bt, "score_rows", None)
     monkeypatch.setattr(common, "judge", None)
     assert bt.curate(rows, ["own", "peer"], "own", ["j1", "j2"], cfg, "cpu", tmp_path) == kept
     with pytest.raises(SystemExit, match="other rows"):
         bt.curate(rows[1:], ["own", "peer"], "own", [], cfg, "cpu", tmp_path)
+    cfg.frames = 4  # another look at the rows is another score
+    with pytest.raises(SystemExit, match="was made by"):
+        bt.curate(rows, ["own", "peer"], "own", [], cfg, "cpu", tmp_path)
+
+
+def test_what_a_judge_was_trained_to_say_is_what_it_is_asked(tmp_path):
+    # kills: an R1 judge shown MSRL's prompt, a reward model asked for a verdict
+    for name, stage in (("r1", {"stage": "stage1", "config": {"style": "r1"}}),
+                        ("rm", {"stage": "bt_reward", "config": {}}), ("old", {"config": {}})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "stage.json").write_text(json.dumps(stage))
+    assert [bt.trained_style(tmp_path / x) for x in ("r1", "old", "hub")] == ["r1", "msrl", "msrl"]
+    with pytest.raises(SystemExit, match="states no verdict"):
+        bt.trained_style(tmp_path / "rm")
 
 
 def test_killed_scoring_goes_on_where_it_was(tmp_path):
@@ -226,11 +248,12 @@ def test_killed_scoring_goes_on_where_it_was(tmp_path):
         return [int(r["id"]) ** 2 for r in some]
 
     with pytest.raises(KeyboardInterrupt):
-        bt.resumed(tmp_path / "x.jsonl", "m", rows, lambda some: work(some, 6), chunk=3)
+        common.resumed(tmp_path / "x.jsonl", "m", rows, lambda some: work(some, 6), chunk=3)
     with open(tmp_path / "x.jsonl", "a") as f:
         f.write('[3')
     worked.clear()
-    assert bt.resumed(tmp_path / "x.jsonl", "m", rows, work, chunk=3) == [i * i for i in range(10)]
+    got = common.resumed(tmp_path / "x.jsonl", "m", rows, work, chunk=3)
+    assert got == [i * i for i in range(10)]
     assert worked == ["6", "7", "8", "9"]
 
 
@@ -245,7 +268,8 @@ def test_planted_noise_is_found(tmp_path, monkeypatch):
     verdicts = {"j": {i: [t if rng.random() < 0.85 else bt.OTHER[t] for _ in "12"]
                       for i, t in true.items()}}
     fake_models(monkeypatch, scores, verdicts)
-    cfg = SimpleNamespace(frames=8, max_tiles=12, eval_batch=4, judge_tokens=9)
+    cfg = SimpleNamespace(frames=8, max_tiles=12, eval_batch=4, judge_tokens=9,
+                          max_prompt_tokens=8)
     kept = bt.curate(rows, list("abc"), "a", ["j"], cfg, "cpu", tmp_path)
     right = lambda some: sum(r["label"] == true[r["id"]] for r in some) / len(some)
     assert right(rows) < 0.75 and right(kept) > 0.9 and len(kept) > 500
@@ -257,11 +281,34 @@ def test_planted_noise_is_found(tmp_path, monkeypatch):
 def test_schemes_for_a_group(monkeypatch):
     # kills: hybrid without the sigmoid, a match scored by the model
     monkeypatch.setattr(bt, "score_batch", lambda m, e, rows: torch.tensor([4.0, -1.0, 0.5]))
-    get = lambda scheme, ref="red .": bt.group_rewards(None, None, {}, ["a", " red .", "b"], scheme,
-                                                       ref)
+    item = {"task": "text", "prompt": "p", "media": []}
+    model = SimpleNamespace(reward_head=None)
+    get = lambda scheme, ref="red .": bt.group_rewards(model, None, item, ["a", " red .", "b"],
+                                                       scheme, ref)
     assert get("rule") == [0, 1, 0] and get("model") == [4, -1, 0.5]
     assert get("hybrid") == pytest.approx([0.9820138, 1.0, 0.6224593])
     assert get("hybrid", None) == pytest.approx([0.9820138, 0.2689414, 0.6224593])
+    with pytest.raises(ValueError, match="image_generation"):
+        bt.group_rewards(model, None, {**item, "task": "image_generation"}, ["a"])
+
+
+def test_a_judge_as_the_reward_of_a_group(monkeypatch):
+    # kills: one order, the share divided by all answers, no verdict as a loss, pred taken for i
+    strength = {"a": 3, "b": 1, "c": 1, "d": 0}
+
+    def judge(model, encoder, rows, *args, **kwargs):
+        for row in rows:
+            common.check_row(row, ".")
+        better = lambda a, b: None if a == b else "A" if a > b else "B"
+        return [{"row": i, "pred": better(*(strength[x] for x in row["responses"])) if order or
+                 "d" not in row["responses"] else "A"} for i, row in enumerate(rows)
+                for order in (0, 1)]  # in one order it prefers what stands first to d, or d
+    monkeypatch.setattr(common, "judge", judge)
+    get = lambda scheme, ref=None: bt.group_rewards(None, None, {
+        "task": "text", "prompt": "p", "media": []}, list("abdc"), scheme, ref)
+    # b and c tie; of d's three pairs it stands first in the one with c, and gets half of that
+    assert get("model") == pytest.approx([1, 1.5 / 3, 0.5 / 3, (0.5 + 0.5) / 3])
+    assert get("hybrid", "b") == pytest.approx([1, 1, 0.5 / 3, 1 / 3])
 
 
 # --------------------------------------------------------------------------- debiased construction
@@ -367,6 +414,13 @@ def test_a_run_its_resumption_and_two_processes_agree(world, tmp_path, monkeypat
 
     info = json.loads((tmp_path / "whole" / "stage.json").read_text())
     assert info["stage"] == "bt_reward"
+    for name, start in (("one", run_here), ("both", torchrun)):  # kills: scores of other rows
+        args = ["--model", tmp_path / "whole", "--data", world / "mm_rl.jsonl", "--batch_size", 1,
+                "--out", tmp_path / f"{name}.jsonl"]
+        start(ev.main, args) if start is run_here else start(["eval.py", *map(str, args)])
+    one, both = lines(tmp_path / "one.jsonl"), lines(tmp_path / "both.jsonl")
+    assert len(one) == 8 and [p["id"] for p in one] == [p["id"] for p in both]
+    assert [p["score_a"] for p in one] == pytest.approx([p["score_a"] for p in both], abs=1e-4)
     # plain transformers loads it, and its scores are those of the run
     model, encoder = bt.load(tmp_path / "whole")
     rows = rows_of(world, "heldout_text", encoder)
@@ -380,6 +434,68 @@ def test_a_run_its_resumption_and_two_processes_agree(world, tmp_path, monkeypat
         bt.score_texts(model, encoder, [{"task": "image_generation", "prompt": "x", "media": []}])
     with pytest.raises(SystemExit, match="no reward model"):
         bt.load(toy_world.PREBUILT)
+
+
+def first_loss(world, cfg, source):
+    """Of the first step, from the scores of a fresh model, with numbers of its own."""
+    model, encoder = common.load(cfg.model)
+    torch.manual_seed(cfg.seed)
+    bt.add_head(model, bt.settings_of(vars(cfg)))
+    rows = bt.load_pairs(source, encoder, model.settings, cfg)
+    batch = common.batch_of(rows, 0, cfg.batch_size, cfg.seed)
+    with torch.no_grad():
+        pairs = bt.score_batch(model, encoder, batch).view(-1, 2).tolist()
+    pairs = [p if r["label"] == "A" else p[::-1] for p, r in zip(pairs, batch)]
+    return sum(math.log1p(math.exp(b - a)) + cfg.zero_coefficient * (a + b) ** 2
+               for a, b in pairs) / cfg.batch_size
+
+
+def test_it_learns_the_label_at_the_rate_it_says(world, tmp_path):
+    # kills: chosen and rejected exchanged, "A" always chosen, no warm-up, a rate above --lr
+    source = f"{world}/text_rl.jsonl"
+    args = flags(world, tmp_path / "run", data=source, heldout="", epochs=20, lr=1e-3)
+    run_here(bt.main, args)
+    log = lines(tmp_path / "run" / "metrics.jsonl")
+    cfg = bt.Config(model=str(toy_world.PREBUILT), data=source, batch_size=4)
+    assert log[0]["loss"] == pytest.approx(first_loss(world, cfg, source), abs=1e-5)
+    assert log[-1]["accuracy"] == 1 and log[-1]["margin"] > 1 > 0.5 > log[-1]["loss"]
+    rates = [1e-3 * (k + 1) / 6 for k in range(6)]
+    rates += [1e-3 * (1 + math.cos(math.pi * k / 54)) / 2 for k in range(54)]
+    assert [x["lr"] for x in log] == pytest.approx(rates)
+
+
+def test_flags_reach_the_run(world, tmp_path, capsys):
+    # kills: any one of these flags ignored
+    source = f"{world}/mm_rl.jsonl"
+    more = {"zero_coefficient": 3.0, "length_norm": True, "t2i": "swap"}
+    run_here(bt.main, flags(world, tmp_path / "run", data=source, heldout="", freeze_vision=True,
+                            balance_length=True, lr=1e-3, **more))
+    assert "--balance_length" in capsys.readouterr().out
+    cfg = bt.Config(model=str(toy_world.PREBUILT), batch_size=4, **more)
+    _, encoder = common.load(cfg.model)
+    kept = bt.balanced(bt.load_pairs(source, encoder, bt.settings_of(vars(cfg)), cfg), cfg.seed)
+    common.write_lines(tmp_path / "kept.jsonl", [{k: v for k, v in r.items() if k != "tokens"}
+                                                 for r in kept])
+    got = lines(tmp_path / "run" / "metrics.jsonl")[0]["loss"]
+    assert got == pytest.approx(first_loss(world, cfg, str(tmp_path / "kept.jsonl")), abs=1e-5)
+    was, now = (load_file(Path(x) / "model.safetensors") for x in (
+        toy_world.PREBUILT, tmp_path / "run"))
+    moved = {k for k in now if not torch.equal(now[k], was[k].float())}
+    assert moved and all("language_model" in k for k in moved)
+
+
+def test_a_pair_is_scored_in_both_orders(world, loaded):
+    # kills: one order only, sides exchanged in the second, text rows scored twice
+    model, encoder = loaded
+    rows = rows_of(world, "mm_rl", encoder)
+    row = [r for r in rows if r["task"] == "image_generation"][0]
+    with torch.no_grad():
+        a, b = bt.score_batch(model, encoder, [row]).tolist()
+        turned_b, turned_a = bt.score_batch(model, encoder, [common.swap(row)]).tolist()
+    assert abs(a - turned_a) > 1e-3
+    (got, swapped) = bt.score_rows(model, encoder, [row, common.swap(row)])
+    assert got == pytest.approx(((a + turned_a) / 2, (b + turned_b) / 2), abs=1e-4)
+    assert swapped == pytest.approx(got[::-1], abs=1e-4)
 
 
 def test_iterations_train_and_curate_in_turns(world, tmp_path, monkeypatch):
@@ -407,6 +523,10 @@ def test_iterations_train_and_curate_in_turns(world, tmp_path, monkeypatch):
                      ("2-new", 6, ["1-model", "other"], "1-model"), ("2-first", 16),
                      ("2-all", 16, [], "2-first"), ("2-model", 15)]
     trained = [c for c in calls if len(c) == 2]
+    cfg.iterations = 99
+    with pytest.raises(SystemExit, match="too few"):
+        bt.iterate(cfg, "cpu")
+    cfg.iterations = 2
     bt.iterate(cfg, "cpu")  # what is trained already is not trained again
     assert [c for c in calls if len(c) == 2] == trained
 

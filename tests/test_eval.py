@@ -699,17 +699,19 @@ def reward_models(monkeypatch):
     """Two Bradley-Terry checkpoints whose score is the number in the text, and ten times it."""
     def load(folder, device, frames=8, max_tiles=12):
         scale = float(Path(folder).name)
-        return torch.nn.Linear(1, 1), SimpleNamespace(forbidden=(), scale=scale)
+        model = SimpleNamespace(settings=None)
+        return model, SimpleNamespace(forbidden=(), scale=scale)
 
     def number(encoder, text):
         return encoder.scale * float(text.split()[-1])
 
     module = SimpleNamespace(
-        load=load, score_rows=lambda model, encoder, rows, batch_size, desc: [
+        load=load, measure=lambda row, encoder, settings: 1,
+        score_rows=lambda model, encoder, rows, batch_size, desc: [
             tuple(number(encoder, t) for t in r["responses"]) for r in rows],
         score_texts=lambda model, encoder, items, batch_size, desc: [
             number(encoder, i["response"]) for i in items])
-    monkeypatch.setitem(sys.modules, "bt_reward", module)
+    monkeypatch.setattr(ev, "bt_reward", module)
     for name in ("1", "-0.5", "10"):
         write(f"{name}/stage.json", {"stage": "bt_reward"})
 
@@ -910,9 +912,10 @@ def test_the_page_in_a_browser(run):
 
 # ------------------------------------------------------------------------------------- attempts
 def test_attempts_count_until_the_first_right_answer(tmp_path, monkeypatch):
-    # kills: counted from 0, the last right one, K for never, labels of the unswapped row
+    # kills: counted from 0, the last right one, K for never, labels of the unswapped row, the
+    # swapped row written (its rationale names a bare B, which no swap follows), judged again
     rows = [{"id": f"r{i}", "task": "text", "prompt": f"p{i}", "responses": ["x", "y"],
-             "label": "AB"[i % 2]} for i in range(6)]
+             "label": "AB"[i % 2], "rationale": "Response A is right; B is not."} for i in range(6)]
     common.write_lines(tmp_path / "rows.jsonl", rows)
     tries = [[1, 0, 1], [0, 1, 1], [0, 0, 0], [0, 0, 1], [1, 1, 1], [0, 1, 0]]
 
@@ -928,6 +931,10 @@ def test_attempts_count_until_the_first_right_answer(tmp_path, monkeypatch):
     got = [json.loads(line) for line in open(tmp_path / "out.jsonl")]
     assert [r["attempts"] for r in got] == [1, 2, 4, 3, 1, 2]
     assert [r["id"] for r in common.hard_rows(got, 2)] == ["r1", "r2", "r3", "r5"]
+    assert [{k: r[k] for k in was} for r, was in zip(got, rows)] == rows
+    monkeypatch.setattr(common, "judge", None)
+    ev.main()  # killed after the last verdict, say: nothing is judged again
+    assert [json.loads(line) for line in open(tmp_path / "out.jsonl")] == got
 
 
 # ------------------------------------------------------------------- what a review of eval.py found
@@ -987,7 +994,9 @@ def test_ties_are_scored_but_not_judged(monkeypatch, scores, want):
              "label": x} for k, x in enumerate(("A", "same", None, "B"))]
     args = SimpleNamespace(model=["m"], form="pixels", max_prompt_tokens=9, skip_bad_rows=False)
     encoder = SimpleNamespace(forbidden=(), check=lambda row, form: 5)
-    assert [r["label"] for r in ev.fit_to_judge(rows, encoder, args)] == want
+    monkeypatch.setattr(ev.bt_reward, "measure", lambda row, encoder, settings: 5)
+    loaded = [(SimpleNamespace(settings={}), encoder)]
+    assert [r["label"] for r in ev.fit_to_judge(rows, loaded, args)] == want
 
 
 def test_a_page_does_without_a_picture_that_is_null(run):

@@ -1309,6 +1309,9 @@ def test_same_seed_same_bytes(tmp_path):
     ("Response A is better at first sight. Yet Response B is better.", "B"),
     ("Response A is better than Response B", "A"),
     ("Response B is better.\nResponse A is right.", "B"),  # "right" compares nothing
+    ("Response A is better in style. Overall, Response B is the winner.", "B"),
+    ("Response 1 is better written. Response 2 wins overall.", "B"),
+    ("A point each, but Response B is more accurate.", "B"),
     # hostile: nothing is stated, or both, or it is asked
     ("", None), ("Response C is better", None), ("If Response A is better, so be it", None),
     ("Neither Response A nor Response B is better.", None), ("Is Response A better?", None),
