@@ -11,7 +11,7 @@ One step, for B prompts with G answers each:
     reward    format + accuracy                                          Eq. 4       common.py
     advantage (r - mean of the group) / std of the group                 [GRPO]      advantages
     log-probs [prompt | answer 1 | ... | answer G] as one sequence                   packed_logps
-    loss      PPO clip on the pre-clipped ratio + beta * KL to stage 0   Eq. 3       grpo_loss
+    loss      PPO clip on the pre-clipped ratio + beta * KL to the start Eq. 3       grpo_loss
 
 Shapes: B prompts, G answers each, N = B*G, T tokens, P prompt length, C answer length, V
 vocabulary, S = the lengths of one prompt's G answers added up; `b` is B within a micro-batch.
@@ -31,6 +31,7 @@ from tqdm import tqdm
 import common
 from common import accuracy_reward, format_reward, sum_over_ranks
 
+HELDOUT = "toy/heldout_text.jsonl"
 STAGE = Path(__file__).stem
 FORM = "pixels"  # how rows with media are shown; text rows have none
 REWARDS = {"format": format_reward, "accuracy": accuracy_reward}
@@ -49,7 +50,7 @@ class Config:
     model: str = knob("runs/stage0_sft", "checkpoint to start from; also the KL reference")
     data: str = knob("toy/text_rl.jsonl", "preference rows, GRAM-RR-TrainingData or RM-Bench; "
                      "several, separated by commas. Paper: 400k rows of GRAM-RR-TrainingData")
-    heldout: str = knob("toy/heldout_text.jsonl", "rows judged before and after; '' for none")
+    heldout: str = knob(HELDOUT, "rows judged before and after; '' for none")
     out: str = knob("runs/stage1_text_grpo", "run folder; the same command resumes it")
     seed: int = knob(0, "of the data order and of sampling")
     max_steps: int = knob(60, "rollouts; each is followed by updates_per_rollout optimiser steps")

@@ -4,7 +4,6 @@ naming the task in <type> earns 0.2, and every batch replays some text rows of s
 
     python stage2_caption_grpo.py                                # toy world, from stage 1
     torchrun --nproc_per_node=8 stage2_caption_grpo.py --preset paper
-    diff stage1_text_grpo.py stage2_caption_grpo.py              # is the paper's section
 
 One step, for B prompts with G answers each:
 
@@ -12,7 +11,7 @@ One step, for B prompts with G answers each:
     reward    format + accuracy + task recognition                       MSRL 4.2    common.py
     advantage (r - mean of the group) / std of the group                 [GRPO]      advantages
     log-probs [prompt | answer 1 | ... | answer G] as one sequence                   packed_logps
-    loss      PPO clip on the pre-clipped ratio + beta * KL to stage 1   Eq. 3       grpo_loss
+    loss      PPO clip on the pre-clipped ratio + beta * KL to the start Eq. 3       grpo_loss
 
 Shapes: B prompts, G answers each, N = B*G, T tokens, P prompt length, C answer length, V
 vocabulary, S = the lengths of one prompt's G answers added up; `b` is B within a micro-batch.

@@ -4,7 +4,6 @@ too, an answer starts with a <caption> of what it saw, and naming the task in <t
 
     python stage3_mm_grpo.py                                     # toy world, from stage 2b
     torchrun --nproc_per_node=8 stage3_mm_grpo.py --preset paper
-    diff stage1_text_grpo.py stage3_mm_grpo.py                   # what is different
 
 One step, for B prompts with G answers each:
 
@@ -12,7 +11,7 @@ One step, for B prompts with G answers each:
     reward    format + accuracy + task recognition                       MSRL 4.3    common.py
     advantage (r - mean of the group) / std of the group                 [GRPO]      advantages
     log-probs [prompt | answer 1 | ... | answer G] as one sequence                   packed_logps
-    loss      PPO clip on the pre-clipped ratio + beta * KL to stage 2b  Eq. 3       grpo_loss
+    loss      PPO clip on the pre-clipped ratio + beta * KL to the start Eq. 3       grpo_loss
 
 Shapes: B prompts, G answers each, N = B*G, T tokens, P prompt length, C answer length, V
 vocabulary, S = the lengths of one prompt's G answers added up; `b` is B within a micro-batch.
