@@ -498,6 +498,25 @@ def test_a_pair_is_scored_in_both_orders(world, loaded):
     assert swapped == pytest.approx(got[::-1], abs=1e-4)
 
 
+def test_rows_it_cannot_read_are_named_or_counted(world, loaded, monkeypatch, capsys):
+    # kills: a row checked for judges only, so that scoring ends in a traceback
+    monkeypatch.setattr(ev, "is_reward_model", lambda folder: True)
+    row = [json.loads(x) for x in open(world / "mm_rl.jsonl")][0]
+    row |= {"row": 0, "media": [str(world / m) for m in row["media"]]}
+    rows = [row, {**row, "media": [m + ".gone" for m in row["media"]]},
+            {**row, "media": [], "captions": ["red disc"] * len(row["media"])}]
+    args = SimpleNamespace(model=["m"], data="rows.jsonl", max_prompt_tokens=9999,
+                           skip_bad_rows=True)
+    assert len(ev.fit_to_judge(rows, [loaded], args)) == 1
+    assert "2 bad rows" in capsys.readouterr().out
+    args.skip_bad_rows = False
+    with pytest.raises(SystemExit, match="rows.jsonl, row 0.*does not exist"):
+        ev.fit_to_judge(rows[1:], [loaded], args)
+    args.max_prompt_tokens = 1
+    with pytest.raises(SystemExit, match="no row"):
+        ev.fit_to_judge(rows[:1], [loaded], args)
+
+
 def test_iterations_train_and_curate_in_turns(world, tmp_path, monkeypatch):
     # DT2IT 3.3's five steps, twice. kills: the old model re-annotating, all open rows in the first
     # iteration, the curated rows without those before, the voters used in step 4
