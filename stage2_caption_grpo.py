@@ -112,8 +112,8 @@ class Config:
 PAPER = dict(data=common.TABLE_5.format(5000, 2500, 2580, 4323, 2500, 2539), heldout="",
              captioner="OpenGVLab/InternVL3_5-8B-HF", caption_prompt="Describe this in detail.",
              replay="wangclnlp/GRAM-RR-TrainingData:4000", replay_candidates=4000,
-             batch_size=18, micro_batch=1,  # 15 + 3: of 16, no 5:1 can be made
-             rollout_batch=2, lr=1e-6, temperature=0.9, max_new_tokens=512, max_steps=1_296,
+             batch_size=24, micro_batch=1,  # 20 + 4: of 16, no 5:1 can be made
+             rollout_batch=2, lr=1e-6, temperature=0.9, max_new_tokens=512, max_steps=972,
              max_prompt_tokens=4096, gradient_checkpointing=True, save_every=200)
 
 
