@@ -27,7 +27,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/seed{seed}/0-1", help="a good judge for each seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--updates", type=int, default=4, help="optimiser steps a rollout")
     parser.add_argument("--steps", type=int, default=5, help="rollouts")
     parser.add_argument("--heldout", default="toy/heldout_text.jsonl:100")
