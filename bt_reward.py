@@ -206,8 +206,8 @@ def measure(row, encoder, settings):
         raise common.BadRow("has no media; a reward model reads no captions")
     parts = candidates(row, encoder, settings)
     answers = [ids for _, group in parts for ids in group]
-    row["same"] = len({*row["media"]}) == 1 if row["task"].endswith("generation") else \
-        answers[0] == answers[1]
+    row["same"] = row["task"].endswith("generation") and len({*row["media"]}) == 1 or \
+        len(parts) == 1 and answers[0] == answers[1]  # two parts: one text, two media
     return max(len(prompt.ids) for prompt, _ in parts)
 
 
@@ -720,6 +720,7 @@ def construct(cfg, device):
 
     made_by = {k: getattr(cfg, k) for k in ("teacher", "candidates", "samples", "low", "high",
                                             "noise", "judge_tokens", "seed", "frames", "max_tiles")}
+    made_by["files"] = common.stamps(cfg.teacher, *cfg.candidates)
     found = common.resumed(out / "groups.jsonl", made_by, rows, work, chunk=16)
     if common.rank() == 0:
         common.write_lines(out / "pairs.jsonl", [pair for pairs, _ in found for pair in pairs])

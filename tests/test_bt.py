@@ -132,7 +132,7 @@ def test_swapped_generation_rows_score_the_text_given_the_medium(world, loaded):
     assert len(parts) == 2
 
 
-def test_pairs_that_a_limit_makes_equal_are_left_out_and_counted(tmp_path, loaded, capsys):
+def test_pairs_that_a_limit_makes_equal_are_left_out_and_counted(world, tmp_path, loaded, capsys):
     # kills: compared before the cut, a cut that takes the end-of-sequence token
     _, encoder = loaded
     rows = [{"id": str(i), "task": "text", "prompt": "say", "label": "A", "media": [],
@@ -143,6 +143,11 @@ def test_pairs_that_a_limit_makes_equal_are_left_out_and_counted(tmp_path, loade
     kept = bt.load_pairs(str(tmp_path / "rows.jsonl"), encoder,
                          {**SETTINGS, "max_response_tokens": 4}, bt.Config())
     assert [r["id"] for r in kept] == ["1"] and "2 rows left out" in capsys.readouterr().out
+    # so short that "Image 1 is ..." and "Image 2 is ..." are the same; swapped, the media differ
+    pairs = [r for r in rows_of(world, "mm_rl", encoder) if r["task"].endswith("generation")]
+    for t2i, same in (("pair", True), ("swap", False)):
+        bt.measure(pairs[0], encoder, {**SETTINGS, "max_response_tokens": 2, "t2i": t2i})
+        assert pairs[0]["same"] == same
     (_, answers), = bt.candidates(rows[0], encoder, {**SETTINGS, "max_response_tokens": 4})
     assert len(answers[0]) == 4 and answers[0][-1] == encoder.eos_id
 
