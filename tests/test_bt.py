@@ -479,8 +479,7 @@ def test_flags_reach_the_run(world, tmp_path, capsys):
     cfg = bt.Config(model=str(toy_world.PREBUILT), batch_size=4, **more)
     _, encoder = common.load(cfg.model)
     kept = bt.balanced(bt.load_pairs(source, encoder, bt.settings_of(vars(cfg)), cfg), cfg.seed)
-    common.write_lines(tmp_path / "kept.jsonl", [{k: v for k, v in r.items() if k != "tokens"}
-                                                 for r in kept])
+    common.write_lines(tmp_path / "kept.jsonl", kept)
     got = lines(tmp_path / "run" / "metrics.jsonl")[0]["loss"]
     assert got == pytest.approx(first_loss(world, cfg, str(tmp_path / "kept.jsonl")), abs=1e-5)
     was, now = (load_file(Path(x) / "model.safetensors") for x in (
