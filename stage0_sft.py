@@ -40,7 +40,7 @@ class Config:
     epochs: int = knob(3, "passes over the rows (paper: 3; 1 for the label baseline)")
     batch_size: int = knob(32, "rows an optimiser step, over all processes (paper: 128)")
     micro_batch: int = knob(32, "rows a forward; changes memory, not the gradient")
-    lr: float = knob(1e-4, "AdamW, warm-up over 3 %% of the steps, then constant (paper: 1e-5)")
+    lr: float = knob(2e-4, "AdamW, warm-up over 3 %% of the steps, then constant (paper: 1e-5)")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     max_prompt_tokens: int = knob(2048, "longer prompts are skipped and counted, never cut")
     max_new_tokens: int = knob(112, "of the held-out answers")
