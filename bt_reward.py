@@ -257,8 +257,7 @@ def load(folder, device="cpu", frames=8, max_tiles=12):
                          "`python bt_reward.py` makes one.")
     model, encoder = common.load(folder, device, "python bt_reward.py", frames=frames,
                                  max_tiles=max_tiles)
-    config = json.loads(files[0].read_text())["config"]
-    add_head(model, settings_of(config))
+    add_head(model, settings_of(common.stage_of(folder)["config"]))
     model.reward_head.load_state_dict(load_file(files[1]))
     return model.eval(), encoder
 
@@ -453,22 +452,19 @@ def to_flip(strengths):
 
 def trained_style(folder):
     """--style of the stage that made a judge; a reward model is none."""
-    file = Path(folder, "stage.json")
-    stage = json.loads(file.read_text()) if file.is_file() else {}
+    stage = common.stage_of(folder)
     if stage.get("stage") == "bt_reward":
         raise SystemExit(f"{folder} is a reward model and states no verdict; --judges are made by "
                          "the stages, --models by this script.")
     return stage.get("config", {}).get("style", "msrl")
 
 
-def curate(rows, voters, own, judges, cfg, device, out):
-    """DT2IT 3.3, three steps; see its Figure 1 (d). Writes curated.jsonl, dropped.jsonl (each row
-    with what happened to it) and curation.json below `out`. -> the curated rows."""
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+def voters_and_judges(rows, cfg, device, out):
+    """-> two functions that ask one checkpoint: scored(folder), two scores for each of `rows`, and
+    judged(folder, some), its verdicts on each of some rows in both orders. What was asked before
+    is read from by-<folder>.jsonl below `out`; a model is loaded only if something is left."""
     place = lambda folder: out / f"by-{str(folder).strip('./').replace('/', '-')}.jsonl"
     args = {"frames": cfg.frames, "max_tiles": cfg.max_tiles}
-    # loaded only if there is something left to do
     reward_model = lru_cache(1)(lambda folder: load(folder, device, **args))
     generative = lru_cache(1)(lambda folder: common.load(folder, device, style=trained_style(
         folder), **args))
@@ -499,9 +495,18 @@ def curate(rows, voters, own, judges, cfg, device, out):
         return common.resumed(place(folder), {"model": common.stamps(folder), **args,
                                               "judge_tokens": cfg.judge_tokens}, doubted, work)
 
+    return scored, judged
+
+
+def curate(rows, voters, own, judges, cfg, device, out):
+    """DT2IT 3.3, three steps; see its Figure 1 (d). Writes curated.jsonl, dropped.jsonl (each row
+    with what happened to it) and curation.json below `out`. -> the curated rows."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     rows = [{**row, "media": [str(Path(m).resolve()) for m in row["media"]],
              "curation": {"given": row["label"], "flipped": False,
                           "before": row.get("curation")}} for row in rows]
+    scored, judged = voters_and_judges(rows, cfg, device, out)
     # 1. preference strength: the mean margin of the voters; flip the worst, set by set
     votes = [scored(folder) for folder in voters]
     for source in dict.fromkeys(row.get("source") for row in rows) if votes else ():

@@ -1269,6 +1269,12 @@ def save_checkpoint(folder, model, encoder, **info):
     part.rmdir()
 
 
+def stage_of(folder):
+    """What a checkpoint's stage.json says; {} if no script of ours wrote it."""
+    file = Path(folder, "stage.json")
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
 # ==================================================================================================
 # 6. Judging
 

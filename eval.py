@@ -647,8 +647,7 @@ def reward_scores(loaded, batch, args):
 
 
 def is_reward_model(folder):
-    stage = Path(folder, "stage.json")
-    return stage.is_file() and json.loads(stage.read_text()).get("stage") == "bt_reward"
+    return common.stage_of(folder).get("stage") == "bt_reward"
 
 
 def load_judge(folders, args, device):
