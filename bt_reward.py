@@ -450,13 +450,12 @@ def to_flip(strengths):
     return {i for _, i in negative[:len(negative) // 2]}
 
 
-def trained_style(folder):
-    """--style of the stage that made a judge; a reward model is none."""
-    stage = common.stage_of(folder)
-    if stage.get("stage") == "bt_reward":
+def judge_style(folder):
+    """What a judge is to be asked in. A reward model is none."""
+    if common.stage_of(folder).get("stage") == "bt_reward":
         raise SystemExit(f"{folder} is a reward model and states no verdict; --judges are made by "
                          "the stages, --models by this script.")
-    return stage.get("config", {}).get("style", "msrl")
+    return common.trained_style(folder)
 
 
 def voters_and_judges(rows, cfg, device, out):
@@ -466,8 +465,8 @@ def voters_and_judges(rows, cfg, device, out):
     place = lambda folder: out / f"by-{str(folder).strip('./').replace('/', '-')}.jsonl"
     args = {"frames": cfg.frames, "max_tiles": cfg.max_tiles}
     reward_model = lru_cache(1)(lambda folder: load(folder, device, **args))
-    generative = lru_cache(1)(lambda folder: common.load(folder, device, style=trained_style(
-        folder), **args))
+    generative = lru_cache(1)(lambda folder: common.load(
+        folder, device, style=judge_style(folder), **args))
 
     def readable(folder, encoder, row):
         """A prompt that is too long for a judge gets no verdict of it."""

@@ -1275,6 +1275,11 @@ def stage_of(folder):
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
+def trained_style(folder):
+    """The --style that a checkpoint was trained with."""
+    return stage_of(folder).get("config", {}).get("style", "msrl")
+
+
 # ==================================================================================================
 # 6. Judging
 

@@ -1027,6 +1027,7 @@ def main():
         check_writable(path)
     if args.table:
         return table(args)
+    args.style = args.style or (common.trained_style(args.model[0]) if args.model else "msrl")
     if args.rank:
         return rank_candidates(args)
     device = common.start_processes()
@@ -1106,14 +1107,14 @@ def regrouped(rows, x, group):
 
 def table(args):
     """Markdown: one line a checkpoint, one column a task; accuracy over both orders, per cent."""
-    device = common.start_processes()
+    device, style = common.start_processes(), args.style
     lines = [["checkpoint", *(t.replace("_", " ") for t in common.TASKS)],
              ["---"] + ["--:"] * len(common.TASKS)]
     for folder in args.table:
         if not Path(folder, "config.json").is_file():
             print(f"{folder}: no checkpoint, left out", file=sys.stderr)
             continue
-        args.model = [folder]
+        args.model, args.style = [folder], style or common.trained_style(folder)
         loaded, cells = load_judge(args.model, args, device), []
         for task in common.TASKS:
             if task != "text" and loaded[0][1].image_token_id is None and args.form == "pixels":
@@ -1161,8 +1162,8 @@ def arguments():
         "'bradley_terry' allows for whom a candidate met, which matters with few --rounds")
     add("--form", choices=["pixels", "caption"], default="pixels",
         help="show images and videos, or their captions instead")
-    add("--style", choices=["msrl", "r1"], default="msrl", help="prompt and answer: A/B (MSRL, "
-        "Figures 4-7), or 1/2 (R1-Reward, Table 1)")
+    add("--style", choices=["msrl", "r1"], help="prompt and answer: A/B (MSRL, Figures 4-7), or "
+        "1/2 (R1-Reward, Table 1); default: the one the judge was trained with, else msrl")
     add("--votes", type=int, default=1, help="K sampled answers an order, majority wins (paper: "
         "voting@16), with vote@k and any@k for k = 1..K; 1 = one greedy answer")
     add("--attempts", type=int, default=0, metavar="K", help="write --data to --out with the "

@@ -236,9 +236,9 @@ def test_what_a_judge_was_trained_to_say_is_what_it_is_asked(tmp_path):
                         ("rm", {"stage": "bt_reward", "config": {}}), ("old", {"config": {}})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "stage.json").write_text(json.dumps(stage))
-    assert [bt.trained_style(tmp_path / x) for x in ("r1", "old", "hub")] == ["r1", "msrl", "msrl"]
+    assert [bt.judge_style(tmp_path / x) for x in ("r1", "old", "hub")] == ["r1", "msrl", "msrl"]
     with pytest.raises(SystemExit, match="states no verdict"):
-        bt.trained_style(tmp_path / "rm")
+        bt.judge_style(tmp_path / "rm")
 
 
 def test_killed_scoring_goes_on_where_it_was(tmp_path):

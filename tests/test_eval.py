@@ -658,6 +658,9 @@ def test_r1_style(run, monkeypatch):
     data = write("rows.jsonl", [row(n) for n in range(4)])
     assert run("--model", "m", "--data", data, "--style", "r1", "--json")["overall"] == 1
     assert "[Response 2]:" in judge.prompts[0] and "Chatbot" not in judge.prompts[0]
+    assert run("--model", "m", "--data", data, "--json")["overall"] == 0  # asked in the wrong style
+    write("m/stage.json", {"config": {"style": "r1"}})
+    assert run("--model", "m", "--data", data, "--json")["overall"] == 1  # what it was trained with
     with pytest.raises(SystemExit, match="has no prompt"):
         picture("g/l.png")
         run("--model", "m", "--style", "r1", "--data", write("g/rows.jsonl", [
