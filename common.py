@@ -745,11 +745,11 @@ def from_chosen_rejected(r, where):
         return
     kind = "video" if r.get("video") else "image" if "image" in r else None
     source = "RLAIF-V" if "ds_name" in r else "MM-RLHF" if "chosen_reason" in r else ""
-    if kind == "video" and "chosen_score" in r and not source and held_out(r["video"]):
+    if kind == "video" and not source and held_out(r["video"]):
         return  # ShareGPTVideo: eval.py judges these
     prompt = r["question"] if "question" in r else r["prompt"]
     yield better_first(f"{source or 'pair'}/{r.get('idx', r.get('id', ''))}/{where}",
-                       re.sub(r"\s*<(image|video)>\s*", "", prompt), r["chosen"], r["rejected"],
+                       re.sub(r"\s*<(image|video)>\s*", " ", prompt).strip(), r["chosen"], r["rejected"],
                        f"{kind}_understanding" if kind else "text", [r[kind]] if kind else [],
                        source=source, subset=str(r.get("subset") or r.get("origin_dataset") or ""))
 
@@ -762,7 +762,7 @@ def from_vision_feedback(r, where):
     better, worse = gpt["preference_values"]
     origin = next((str(v) for k, v in r.items() if k.startswith("origin")), "")
     yield better_first(f"vision-feedback/{r.get('id', where)}",
-                       re.sub(r"\s*<image>\s*", "", human["value"]), better, worse,
+                       re.sub(r"\s*<image>\s*", " ", human["value"]).strip(), better, worse,
                        "image_understanding", [r["image"]], source="S1", subset=origin)
 
 
@@ -814,7 +814,7 @@ def from_r1_reward(r, where):
     label = re.fullmatch(r"\s*<answer>\s*([12])\s*</answer>\s*", r["answer"][0])
     if not found or not label:
         raise BadRow("is no R1-Reward row: the sections or the <answer> 1 or 2 are missing")
-    prompt, one, two = (re.sub(r"<image>|#+\s*$", "", part).strip() for part in found.groups())
+    prompt, one, two = (part.replace("<image>", "").strip() for part in found.groups())
     image = r.get("image") or next(c["image"] for c in content if c["type"] == "image")
     better, worse = (one, two) if label[1] == "1" else (two, one)
     yield better_first(f"r1-reward/{where}", prompt, better, worse, "image_understanding", [image],
@@ -880,8 +880,7 @@ def convert(raw, where):
 
 def raw_rows(source, shuffle=False, config=None, split=None):
     """Yield ("file:line", raw row or BadRow) from a .jsonl, .json (both also .gz) or .parquet file
-    or a hub id (and its config and split); shuffled, in an order that is always the same, if only
-    a sample is wanted."""
+    or a hub id (and its config and split); shuffled, always alike, if a sample is wanted."""
     path = Path(source)
     if path.is_dir():
         raise SystemExit(f"{source}: is a folder; name a .jsonl, .json or .parquet file in it.")
@@ -898,14 +897,20 @@ def raw_rows(source, shuffle=False, config=None, split=None):
     config = config or {"nvidia/HelpSteer3": "preference"}.get(source)
     split = split or {"MMInstruction/VL-RewardBench": "test"}.get(source, "train")
     try:
-        rows = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True) \
-            if path.exists() else datasets.load_dataset(source, config, split=split, streaming=True)
+        rows = datasets.load_dataset("parquet", data_files=source, split="train",
+                                     streaming=not shuffle) if path.exists() else \
+            datasets.load_dataset(source, config, split=split, streaming=True)
         for column, kind in (getattr(rows, "features", None) or {}).items():  # images as bytes
             if isinstance(kind, datasets.Image):
                 rows = rows.cast_column(column, datasets.Image(decode=False))
-        if shuffle:  # of a stream: within a window, and the order of its files
-            rows = rows.shuffle(seed=0, buffer_size=1000)
-        for i, row in enumerate(rows):
+        if shuffle and path.exists():
+            order = random.Random(0).sample(range(len(rows)), len(rows))
+            found = ((i, rows[i]) for i in order)
+        else:
+            # DEVIATION: a sample of a hub id comes from about the first rows of one of its files,
+            # for one of all rows would download them all. Download it, and name the .parquet files
+            found = enumerate(rows.shuffle(seed=0, buffer_size=1000) if shuffle else rows)
+        for i, row in found:
             yield f"{source}:{i + 1}", row
     except (OSError, ValueError) as e:  # the hub's own errors are among these
         raise SystemExit(f"{source}: no such file, and not to be had from the hub ({e}). "
@@ -1008,6 +1013,8 @@ def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_
             new = new[:None if count == math.inf else count - taken]
             rows += [{**r, "source": r.get("source") or source} for r in new]
             taken += len(new)
+        if taken < count < math.inf and not quiet and rank() == 0:
+            print(f"{source} has {taken} rows to give, not {count}")
     if not quiet and rank() == 0:
         print(f"{sources}: {len(rows)} rows"
               + (f", {bad.total()} bad rows skipped {dict(bad.most_common(5))}" if bad else "")
@@ -1313,42 +1320,32 @@ def captioned(cfg, sample, device, max_new_tokens=300, batch_size=16):
     """Preference rows whose media have no captions get them from a vision-language checkpoint (the
     paper: GPT-5). -> path of a .jsonl of rows with captions. Each medium is described once; what
     is done stays in captions.jsonl, so a killed run goes on."""
-    out, cache = Path(cfg.out, "captioned.jsonl"), Path(cfg.out, "captions.jsonl")
-    settings = {k: getattr(cfg, k) for k in ("captioner", "caption_prompt", "data", "exclude",
-                                             "skip_bad_rows")}
-    made_by, *done = whole_lines(cache) or [settings]
-    if made_by != settings:
-        raise SystemExit(f"{cache} was made with other settings ({made_by}). Delete it, or take "
-                         "another --out.")
-    if out.exists():  # written last, so all is done
-        return str(out)
     model, encoder = load(cfg.captioner, device)
     rows = load_rows(cfg.data, encoder, "pixels", None, cfg.skip_bad_rows, cfg.exclude)
-    if rank() == 0:
-        write_lines(cache, [settings, *done])
-    known = {c["media"]: c["caption"] for c in done}
-    todo = {m: r["task"].startswith("video") for r in rows if not r["captions"]
-            for m in r["media"] if m not in known}
-    todo = list(todo.items())
-    for at in tqdm(range(0, len(todo), batch_size * world()), desc="captions", unit="batch",
-                   disable=rank() > 0, mininterval=1):
-        mine, some = todo[at:at + batch_size * world()][rank()::world()], []
+    todo = {m: r["task"] for r in rows if not r["captions"] for m in r["media"]}
+    todo = [{"task": task, "media": m, "file": stamps(m)} for m, task in todo.items()]
+
+    def describe(some):
+        mine, said = some[rank()::world()], []
         if mine:
+            asked = [(c["media"], c["task"].startswith("video")) for c in mine]
             prompts = [encoder.encode(f"<{'video' if video else 'image'}> {cfg.caption_prompt}",
-                                      [m], video) for m, video in mine]
+                                      [m], video) for m, video in asked]
             ids = sample(model, encoder, prompts, 1, 0.0, max_new_tokens, None).ids
             # what looks like a tag would make the row a bad one
-            some = [{"media": m, "caption": re.sub(r"<[^<>]*>|[<>]", "", encoder.decode(i)).strip()
-                     or "nothing to be seen"} for (m, _), i in zip(mine, ids)]
-        for c in gather_list(some):
-            known[c["media"]] = c["caption"]
-            if rank() == 0:
-                append(cache, c)
+            said = [(c["media"], re.sub(r"<[^<>]*>|[<>]", "", encoder.decode(i)).strip()
+                     or "nothing to be seen") for c, i in zip(mine, ids)]
+        found = dict(gather_list(said))
+        return [found[c["media"]] for c in some]
+    texts = resumed(Path(cfg.out, "captions.jsonl"), {
+        "captioner": [cfg.captioner, stamps(cfg.captioner)], "prompt": cfg.caption_prompt}, todo,
+        describe, batch_size * world(), "captions")
+    known = dict(zip((c["media"] for c in todo), texts))
+    out = Path(cfg.out, "captioned.jsonl")  # always made anew: the rows of the data as it is now
     if rank() == 0:
         write_lines(out, [{**r, "captions": r["captions"] or [known[m] for m in r["media"]],
                            "media": [os.path.abspath(m) for m in r["media"]]} for r in rows])
-    if world() > 1:
-        dist.barrier()
+    gather_list([])  # nobody reads it before it is there
     return str(out)
 
 
@@ -1450,17 +1447,17 @@ def sum_gradients(parameters):
             bucket, size = [], 0
 
 
-def batch_of(rows, step, batch_size, seed, swaps=True):
+def batch_of(rows, step, batch_size, seed, may_swap=lambda row: True):
     """The rows of step 0, 1, 2...: epoch after epoch, each in its own shuffled order, and in each
-    epoch each row shows its candidates in an order that is a coin of (seed, epoch, id), unless
-    not swaps. Depends on nothing but its arguments, so a resumed run sees what an unbroken one
-    would."""
+    epoch each row for which may_swap(row) shows its candidates in an order that is a coin of
+    (seed, epoch, id). Depends on nothing but its arguments, so a resumed run sees what an unbroken
+    one would."""
     out = []
     for k in range(step * batch_size, (step + 1) * batch_size):
         epoch, at = divmod(k, len(rows))
         order = _permutation(len(rows), seed, epoch)
         row = rows[order[at]]
-        out.append(swap(row) if swaps and coin(seed, epoch, row["id"]) and can_swap(row) else row)
+        out.append(swap(row) if coin(seed, epoch, row["id"]) and may_swap(row) else row)
     return out
 
 
@@ -1521,19 +1518,25 @@ def whole_lines(path):
     return out
 
 
-def resumed(path, made_by, rows, work, chunk=256):
+def mark_of(made_by, rows):
+    """What tells answers to these rows, asked in this way, from others. Labels have no part."""
+    content = [[r.get(k) for k in ("id", "task", "prompt", "responses", "media", "captions", "file",
+                                   "reference")] for r in rows]
+    return [json.dumps(made_by), zlib.crc32(json.dumps(content).encode())]
+
+
+def resumed(path, made_by, rows, work, chunk=256, desc=None):
     """work(some rows) -> one JSON value a row. What is done stays in `path`, so a killed run goes
     on there; what was made in another way, or of other rows, is refused. -> the values of all."""
-    content = [[r.get(k) for k in ("id", "task", "prompt", "responses", "media", "reference")]
-               for r in rows]
-    mark = [json.dumps(made_by), zlib.crc32(json.dumps(content).encode())]
+    mark = mark_of(made_by, rows)
     was, *done = whole_lines(path) or [mark]
     if was != mark:
         raise SystemExit(f"{path} was made by {was[0]}, or of other rows. Delete it, or take "
                          "another --out.")
     if rank() == 0:
         write_lines(path, [mark, *done])
-    for at in range(len(done), len(rows), chunk):
+    for at in tqdm(range(len(done), len(rows), chunk), desc=desc, unit="batch", mininterval=1,
+                   disable=desc is None or rank() > 0):
         some = work(rows[at:at + chunk])
         done += some
         if rank() == 0:
@@ -1618,7 +1621,8 @@ def parse_config(cls, description, paper):
     cfg, *_, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)} (see --help)")
-    for name in ("batch_size", "micro_batch", "rollout_batch", "save_every", "max_new_tokens"):
+    for name in ("batch_size", "micro_batch", "rollout_batch", "save_every", "max_new_tokens",
+                 "epochs", "samples", "frames", "max_tiles", "eval_batch", "eval_rows"):
         if getattr(cfg, name, 1) < 1:
             parser.error(f"--{name} must be at least 1")
     if getattr(cfg, "group_size", 2) < 2:

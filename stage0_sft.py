@@ -107,13 +107,15 @@ def main():
         rows = told
     heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
     finetune(model, encoder, rows, lambda row: target_text(row, cfg.target, cfg.style), heldout,
-             state, cfg, stage="stage0_sft")
+             state, cfg, stage="stage0_sft",
+             may_swap=common.can_swap if cfg.target == "rationale" else lambda row: True)
     common.end_processes()
 
 
-def finetune(model, encoder, rows, target, heldout, state, cfg, stage, swaps=True):
-    """Epochs over `rows`, each row's answer being target(row); resumes from `state`; writes the
-    checkpoint with held-out results before and after. Stage 2b trains with it, too."""
+def finetune(model, encoder, rows, target, heldout, state, cfg, stage, may_swap):
+    """Epochs over `rows`, each row's answer being target(row), its order a coin where may_swap(row);
+    resumes from `state`; writes the checkpoint with held-out results before and after. Stage 2b
+    trains with it, too."""
     device = next(model.parameters()).device
     if cfg.freeze_vision:
         common.freeze_vision(model)
@@ -136,7 +138,7 @@ def finetune(model, encoder, rows, target, heldout, state, cfg, stage, swaps=Tru
                disable=common.rank() > 0, mininterval=2)
     for step in bar:
         began = time.time()
-        batch = common.batch_of(rows, step, cfg.batch_size, cfg.seed, swaps)[mine]
+        batch = common.batch_of(rows, step, cfg.batch_size, cfg.seed, may_swap)[mine]
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1, (step + 1) / warmup)
         if cfg.gradient_checkpointing:

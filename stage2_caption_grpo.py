@@ -379,6 +379,8 @@ def main():
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr,
                                   betas=(0.9, 0.95), weight_decay=0.0)
     limits = FORM, cfg.max_prompt_tokens, cfg.skip_bad_rows
+    texts = common.load_rows(cfg.replay, encoder, *limits, exclude=cfg.exclude) if n_replay(cfg) \
+        else []  # what can fail comes before what takes hours
     data = common.captioned(cfg, sample_group, device) if cfg.captioner else cfg.data
     rows = common.load_rows(data, encoder, *limits, exclude=cfg.exclude)
     rows = common.hard_rows(rows, cfg.min_attempts)
@@ -396,8 +398,8 @@ def main():
     if cfg.reward == "r1":
         functions["consistency"] = common.consistency_reward(cfg.referee, sample_group, device,
                                                              cfg.style)
-    if n_replay(cfg) and replay is None:
-        replay = choose_replay(model, encoder, cfg)
+    if texts and replay is None:
+        replay = choose_replay(model, encoder, texts, cfg)
 
     # ------------------------------------------------------------------------------ the GRPO loop
     mine = slice(common.rank(), None, common.world())  # whole groups never straddle processes
@@ -485,12 +487,10 @@ def mixed_batch(rows, replay, step, cfg):
     return common.batch_of(rows, step, cfg.batch_size - len(texts), cfg.seed) + texts
 
 
-def choose_replay(model, encoder, cfg):
+def choose_replay(model, encoder, rows, cfg):
     """The "high-quality" text rows of MSRL 4.2. UNSPECIFIED: how they are chosen. Ours are those
     where the starting model names the label in both orders: label and judge vouch for each other,
     so a noisy label, the usual fault of large text sets, is unlikely to be replayed."""
-    rows = common.load_rows(cfg.replay, encoder, FORM, cfg.max_prompt_tokens, cfg.skip_bad_rows,
-                            cfg.exclude)
     rows = common.batch_of(rows, 0, min(cfg.replay_candidates, len(rows)), cfg.seed)
     preds = common.judge(model, encoder, rows, sample_group, FORM, batch_size=cfg.eval_batch,
                          max_new_tokens=cfg.max_new_tokens, desc="choosing texts to replay")

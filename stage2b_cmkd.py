@@ -89,17 +89,17 @@ def distill(model, encoder, rows, cfg):
     an answer's tokens, end-of-sequence included. -> a list parallel to rows."""
     device = next(model.parameters()).device
     path = Path(cfg.out, "samples.jsonl")
-    settings = {k: getattr(cfg, k) for k in (
-        "model", "data", "seed", "samples", "temperature", "rollout_batch", "max_new_tokens",
-        "exclude", "skip_bad_rows", "max_prompt_tokens", "frames", "max_tiles")}
-    made_by, *done = common.whole_lines(path) or [settings]
-    if made_by != settings or any(s["id"] != r["id"] for s, r in zip(done, rows)):
-        raise SystemExit(f"{path} was sampled with other settings ({made_by}). Take another --out, "
+    made_by = {k: getattr(cfg, k) for k in ("model", "seed", "samples", "temperature", "frames",
+                                            "rollout_batch", "max_new_tokens", "max_tiles")}
+    mark = common.mark_of({**made_by, "checkpoint": common.stamps(cfg.model)}, rows)
+    was, *done = common.whole_lines(path) or [mark]
+    if was != mark:
+        raise SystemExit(f"{path} was sampled by {was[0]}, or from other rows. Take another --out, "
                          "or delete it.")
     if len(done) < len(rows):
         done = done[:len(done) // cfg.rollout_batch * cfg.rollout_batch]  # whole batches
     if common.rank() == 0:
-        common.write_lines(path, [settings, *done])
+        common.write_lines(path, [mark, *done])
     for at in tqdm(range(len(done), len(rows), cfg.rollout_batch), unit="batch", mininterval=1,
                    desc="sampling rationales", disable=common.rank() > 0):
         mine = range(at + common.rank(), min(at + cfg.rollout_batch, len(rows)), common.world())
@@ -149,6 +149,9 @@ def main():
     cfg = common.parse_config(Config, __doc__, PAPER)
     device = common.start_processes(cfg.batch_size)
     state = common.open_run(cfg.out, cfg)
+    if common.trained_style(cfg.model) != "msrl":
+        raise SystemExit(f"{cfg.model} was trained with --style r1; a <caption> belongs to MSRL's "
+                         "templates only.")
     model, encoder = common.load(cfg.model, device, made_by="python stage2_caption_grpo.py",
                                  frames=cfg.frames, max_tiles=cfg.max_tiles)
     # both forms are checked now, not after hours of sampling: the student's, then the teacher's
@@ -172,7 +175,7 @@ def main():
     heldout = common.load_rows(cfg.heldout, encoder, cfg.form, cfg.max_prompt_tokens,
                                cfg.skip_bad_rows) if cfg.heldout else []
     finetune(model, encoder, rows, target_text, heldout, state, cfg, stage="stage2b_cmkd",
-             swaps=False)  # o* is what the teacher wrote about this order
+             may_swap=lambda row: False)  # o* is what the teacher wrote about this order
     common.end_processes()
 
 

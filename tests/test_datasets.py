@@ -149,7 +149,7 @@ def test_rapidata_videos(here, encoder):
 
 def test_sharegptvideo(here, encoder):
     # S4. A video is a folder of frames, sorted by number. kills: the order of names (10 before 9);
-    # training on the videos that eval.py judges
+    # training on the videos that eval.py judges, or only where the scores are missing
     held = next(v for v in map(str, range(99)) if common.held_out(v))
     for k in range(11):
         path = here / "v" / f"c01_{k}.jpeg"
@@ -157,8 +157,8 @@ def test_sharegptvideo(here, encoder):
         picture((10 * k,) * 3).save(path)
     rows = rows_of(write(here / "sft_dpo_17k.jsonl", [
         {"id": f"v_{i}", "video": video, "prompt": "<video>\nWhat?", "chosen": "good",
-         "rejected": "bad", "chosen_score": 5, "rejected_score": 1}
-        for i in range(N + 1) for video in ["v" if i else held]]), encoder, "video_understanding")
+         "rejected": "bad", **({"chosen_score": 5, "rejected_score": 1} if i % 2 else {})}
+        for i in range(N + 2) for video in ["v" if i > 1 else held]]), encoder, "video_understanding")
     assert len(rows) == N and not common.held_out("v")
     assert {better(r) for r in rows} == {"good"} and rows[0]["prompt"] == "What?"
     levels = [f.getpixel((0, 0))[0] for f in common.open_video(rows[0]["media"][0], 11)]
@@ -220,6 +220,30 @@ def test_rlaif_v_and_mm_rlhf(here, encoder, columns):
             rows_of(write(here / "lost.jsonl", [{**make[0], "image": image}]), encoder, "")
 
 
+def test_videos_of_other_sets_are_not_held_out():
+    # kills: a tenth of MM-RLHF's videos lost with ShareGPTVideo's
+    held = next(v for v in map(str, range(99)) if common.held_out(v))
+    raw = {"video": held, "prompt": "What?", "chosen": "good", "rejected": "bad"}
+    assert not list(common.convert(raw, 0))
+    row, = common.convert({**raw, "chosen_reason": "it is", "rejected_reason": "it is not"}, 0)
+    assert row["task"] == "video_understanding" and row["media"] == [held]
+
+
+def test_the_words_round_a_placeholder_stay_apart():
+    # kills: "Look at" and "the sky" glued together, "C#" cut to "C"
+    raw = {"ds_name": "d", "question": "Look at <image>\nthe sky.", "image": "x.png",
+           "chosen": "a", "rejected": "b"}
+    assert next(common.convert(raw, 0))["prompt"] == "Look at the sky."
+    talk = [{"value": "USER: <image>\nWhy?"}, {"preference_values": ["a", "b"]}]
+    raw = {"image": "x.png", "conversations": json.dumps(talk)}
+    assert next(common.convert(raw, 0))["prompt"] == "USER: Why?"
+    text = "[Question]:\n<image>Which?\n### [Response 1]:\nC#\n### [Response 2]:\nC\n### {}"
+    for end in ("Output Format:", "**Output Format (strictly follow):**"):
+        raw = {"image": "x.png", "answer": ["<answer>1</answer>"],
+               "message": json.dumps([{"role": "user", "content": text.format(end)}])}
+        assert sorted(next(common.convert(raw, 0))["responses"]) == ["C", "C#"]
+
+
 def test_rows_of_a_benchmark_are_left_out(here, encoder, capsys):
     # The same question and responses under another id, order, case and spacing. kills: matching by
     # id or by question alone, order or punctuation that hide a copy
@@ -265,6 +289,19 @@ def test_a_parquet_file_with_images_inside(here, encoder):
     assert len(rows) == N and {better(r) for r in rows} == {"good"}
     assert common.open_image(rows[0]["media"][0]).getpixel((0, 0)) == (255, 255, 255)
     assert len(rows_of("x.parquet:5", encoder, "image_understanding")) == 5
+
+
+def test_a_sample_is_drawn_from_the_whole_file(here, encoder, capsys):
+    # kills: the first thousand rows only, another sample each time, row numbers of the sample
+    import datasets
+    datasets.Dataset.from_list([{"prompt": f"What {i}?", "chosen": f"good {i}", "rejected": "bad"}
+                                for i in range(3000)]).to_parquet(here / "x.parquet")
+    rows = rows_of("x.parquet:60", encoder, "text")
+    numbers = [int(r["prompt"].split()[1].strip("?")) for r in rows]
+    assert len({n // 500 for n in numbers}) == 6 and rows_of("x.parquet:60", encoder, "text") == rows
+    assert all(r["id"].endswith(f"/{n + 1}") for r, n in zip(rows, numbers))
+    common.load_rows("x.parquet:4000", encoder)
+    assert "x.parquet has 3000 rows to give, not 4000" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------- videos

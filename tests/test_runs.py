@@ -520,6 +520,30 @@ def test_mistyped_choices_are_errors(monkeypatch, capsys, script, flag, choice):
     assert choice in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("script, flag", [
+    (stage0_sft, "epochs"), (stage2, "eval_rows"), (cmkd, "samples"), (cmkd, "frames"),
+    (stage3, "frames"), (stage3, "max_tiles")])
+def test_nothing_of_it_is_an_error(monkeypatch, capsys, script, flag):
+    # kills: videos of no frames, which a model judges without seeing anything
+    monkeypatch.setattr(sys, "argv", ["stage.py", f"--{flag}", "0"])
+    with pytest.raises(SystemExit):
+        common.parse_config(script.Config, "", script.PAPER)
+    assert f"--{flag} must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["rationale", "label"])
+def test_stage_0_keeps_the_order_of_rationales_that_cannot_be_swapped(world, tmp_path, monkeypatch,
+                                                                      target):
+    # kills: swaps without can_swap() in stage 0, or no swaps where no rationale is shown
+    asked, batch_of = [], common.batch_of
+    monkeypatch.setattr(common, "batch_of", lambda *args: asked.append(args[4]) or batch_of(*args))
+    run_here(stage0_sft.main, ["--model", world / "backbone", "--data", world / "sft.jsonl",
+                               "--heldout", "", "--epochs", 1, "--batch_size", 2, "--target",
+                               target, "--out", tmp_path / "run"])
+    bare, named = {"rationale": "B is worse."}, {"rationale": "Response B is worse."}
+    assert asked and (asked[0](bare), asked[0](named)) == (target == "label", True)
+
+
 @pytest.mark.parametrize("script", [stage0_sft, stage1, stage2, cmkd, stage3])
 def test_help_shows_defaults_and_the_papers_values(monkeypatch, capsys, script):
     # kills: a formatter without defaults, a bare % in a help text, a knob without a reason

@@ -6,6 +6,8 @@ under which a test was seen to fail.
 
 import json
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import toy_world
@@ -97,6 +99,20 @@ def test_gold_labels_play_no_part(world, loaded, tmp_path):
     assert told["pseudo-label accuracy"] == pytest.approx(1 - other["pseudo-label accuracy"])
 
 
+def test_gold_labels_play_no_part_in_the_whole_script(world, tmp_path):
+    # kills: main() that keeps only rows whose pseudo-label is right
+    rows = lines(world / "caption_rl.jsonl")
+    files = []
+    for name in ("gold", "flipped"):
+        some = [{**r, "media": [str(world / m) for m in r["media"]], "source": "toy",
+                 "label": r["label"] if name == "gold" else OTHER[r["label"]]} for r in rows]
+        common.write_lines(tmp_path / f"{name}.jsonl", some)
+        run_here(cmkd.main, flags(model=toy_world.PREBUILT, data=tmp_path / f"{name}.jsonl",
+                                  samples=3, epochs=1, heldout="", out=tmp_path / name))
+        files.append(lines(tmp_path / name / "cmkd.jsonl"))
+    assert len(files[0]) >= 3 and files[0] == files[1]
+
+
 def test_the_confidence_is_the_mean_log_prob(world, loaded, tmp_path):
     # against a plain forward of prompt and answer. kills: sums, EOS left out, another prompt
     rows = common.load_rows(str(world / "caption_rl.jsonl"), loaded[1], "caption", quiet=True)[:2]
@@ -121,12 +137,26 @@ def test_sampling_goes_on_where_it_was_killed(world, loaded, tmp_path, monkeypat
     (cut / "samples.jsonl").write_text("".join(text.splitlines(True)[:9])[:-20])  # in row 8 of 12
     calls, sample = [], cmkd.sample_group
     monkeypatch.setattr(cmkd, "sample_group", lambda *a: calls.append(len(a[2])) or sample(*a))
-    with pytest.raises(SystemExit, match="other settings"):
+    with pytest.raises(SystemExit, match="sampled by"):
         cmkd.distill(*loaded, rows, config(cut, temperature=0.5))
     assert cmkd.distill(*loaded, rows, config(cut)) == want and calls == [5, 2]
     assert (cut / "samples.jsonl").read_text() == text
-    with pytest.raises(SystemExit, match="other settings"):  # not the rows it was sampled for
-        cmkd.distill(*loaded, rows[1:], config(cut))
+    other = [{**rows[0], "captions": ["left red square ."] * len(rows[0]["media"])}, *rows[1:]]
+    for some in (rows[1:], other):  # not the rows it was sampled for, if of the same names
+        with pytest.raises(SystemExit, match="from other rows"):
+            cmkd.distill(*loaded, some, config(cut))
+    teacher = tmp_path / "teacher"
+    shutil.copytree(toy_world.PREBUILT, teacher)
+    for again in (False, True):  # trained anew in the same folder
+        cfg = config(tmp_path / "again")
+        cfg.model = str(teacher)
+        Path(cfg.out).mkdir(exist_ok=True)
+        if again:
+            (teacher / "stage.json").write_text("{}")
+            with pytest.raises(SystemExit, match="sampled by"):
+                cmkd.distill(*loaded, rows[:2], cfg)
+        else:
+            cmkd.distill(*loaded, rows[:2], cfg)
 
 
 def test_the_target_is_the_caption_then_the_rationale():
@@ -184,8 +214,9 @@ def test_replayed_texts_are_those_judged_right_in_both_orders(world, loaded, mon
         return [{"row": i, "pred": pick(r, v)} for i, r in enumerate(rows)
                 for v in verdicts[i % 4]]
     monkeypatch.setattr(common, "judge", judge)
-    rows = common.batch_of(common.load_rows(cfg.replay, loaded[1], quiet=True), 0, 9, cfg.seed)
-    chosen = stage2.choose_replay(*loaded, cfg)
+    texts = common.load_rows(cfg.replay, loaded[1], quiet=True)
+    rows = common.batch_of(texts, 0, 9, cfg.seed)
+    chosen = stage2.choose_replay(*loaded, texts, cfg)
     assert [r["id"] for r in chosen] == [rows[i]["id"] for i in (0, 4, 8)]
 
 
@@ -212,12 +243,22 @@ def test_captions_come_from_a_checkpoint(world, loaded, tmp_path, monkeypatch):
     assert sum(right) >= 0.9 * n  # held at 95 % and more on the backbone's own test
     cache = tmp_path / "captions.jsonl"
     cache.write_text("".join(cache.read_text().splitlines(True)[:7])[:-5])
-    (tmp_path / "captioned.jsonl").unlink()
     for want in (n - 5, 0):  # what was whole stays, and the second time nothing is left to do
         calls.clear()
         assert lines(common.captioned(cfg, sample, "cpu", batch_size=5)) == got
         assert sum(calls) == want
         assert len(lines(cache)) == n + 1
+    # a mended label is trained on; other questions need other captions, by the remedy that is named
+    rows[0]["label"] = OTHER[rows[0]["label"]]
+    common.write_lines(tmp_path / "bare.jsonl", rows)
+    assert lines(common.captioned(cfg, sample, "cpu", batch_size=5))[0]["label"] == rows[0]["label"]
+    cfg.caption_prompt = "name what is there"
+    with pytest.raises(SystemExit, match="Delete it"):
+        common.captioned(cfg, sample, "cpu", batch_size=5)
+    cache.unlink()
+    calls.clear()
+    common.captioned(cfg, sample, "cpu", batch_size=5)
+    assert sum(calls) == n
 
 
 # ----------------------------------------------------------------------------------- whole stages
@@ -246,6 +287,8 @@ def test_stage_2_runs_and_resumes(world, loaded, tmp_path):
     assert not same_weights(tmp_path / "a", toy_world.PREBUILT)
     metrics = lines(tmp_path / "a" / "metrics.jsonl")
     assert 0 < max(m["rewards/task/mean"] for m in metrics) <= 0.2
+    for m in metrics:  # 0.2 for the task is trained on, not only logged
+        assert m["reward"] == pytest.approx(sum(m[f"rewards/{x}/mean"] for x in stage2.REWARDS))
     before, after = vision(toy_world.PREBUILT), vision(tmp_path / "a")
     assert all((before[k].float() == after[k]).all() for k in before)
     assert all("<image>" not in r["prompt"] for r in lines(tmp_path / "a" / "rollouts.jsonl"))
@@ -265,6 +308,33 @@ def test_stage_3_trains_the_vision_tower_unless_frozen(world, tmp_path, freeze):
     before, after = vision(toy_world.PREBUILT), vision(tmp_path / "run")
     same = [bool((before[k].float() == after[k]).all()) for k in before]
     assert len(same) > 20 and (all(same) if freeze else not any(same[:20]))
+
+
+def test_stage_3_rewards():
+    # kills: the <caption> not asked for, the task reward left out
+    assert stage3.REWARDS == {"format": common.caption_format_reward, "task": common.task_reward,
+                              "accuracy": common.accuracy_reward}
+    assert stage3.SCHEMES["paper"] == {"format": 1, "accuracy": 1, "task": 1}  # 0.2 in task_reward
+
+
+def test_captions_and_distillation_on_two_processes(world, tmp_path):
+    # kills: media that no process describes, rationales that land at another row's place
+    rows = lines(world / "mm_rl.jsonl")
+    for row in rows:
+        row["media"], row["captions"] = [str(world / m) for m in row["media"]], []
+    common.write_lines(tmp_path / "bare.jsonl", rows)
+    torchrun([ROOT / "stage2_caption_grpo.py", *flags(
+        **TINY, data=tmp_path / "bare.jsonl", captioner=toy_world.PREBUILT, heldout="",
+        replay_ratio="1:0", out=tmp_path / "two")])
+    got = lines(tmp_path / "two" / "captioned.jsonl")
+    cfg = stage2.Config(data=str(tmp_path / "bare.jsonl"), captioner=str(toy_world.PREBUILT),
+                        out=str(tmp_path))
+    assert got == lines(common.captioned(cfg, stage2.sample_group, "cpu"))
+    torchrun([ROOT / "stage2b_cmkd.py", *flags(
+        model=tmp_path / "two", data=tmp_path / "two" / "captioned.jsonl", samples=3, epochs=1,
+        rollout_batch=5, batch_size=4, heldout="", out=tmp_path / "b")])
+    assert [s["id"] for s in lines(tmp_path / "b" / "samples.jsonl")[1:]] == [r["id"] for r in got]
+    assert json.loads((tmp_path / "b" / "stage.json").read_text())["step"] >= 1
 
 
 def test_a_rank_without_images_waits_for_nobody(world, tmp_path):
