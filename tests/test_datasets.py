@@ -321,11 +321,13 @@ def test_containers_and_pixel_formats(here, name, codec, pixels):
 
 
 def test_variable_frame_rate_and_short_videos(here):
-    # kills: frames counted from the header, by duration, or padded
+    # kills: frames counted from the header, evenly spaced in time, or padded
     times = [0, 10, 20, 500, 510, 2000, 2010, 2020]
     path = write_video(here / "v.mkv", 8, codec="mjpeg", pixels="yuvj420p", times=times)
     levels = [f.getpixel((5, 5))[0] for f in common.open_video(path, 8)]
     assert len(levels) == 8 and all(abs(a - 10 * k) <= 6 for k, a in enumerate(levels))
+    levels = [f.getpixel((5, 5))[0] for f in common.open_video(path, 4)]
+    assert all(abs(a - b) <= 6 for a, b in zip(levels, (10, 30, 50, 70), strict=True))
     assert len(common.open_video(write_video(here / "one.mp4", 1), 8)) == 1
     assert len(common.open_video(write_video(here / "three.mp4", 3), 8)) == 3
 
