@@ -113,7 +113,7 @@ def main():
 
 
 def finetune(model, encoder, rows, target, heldout, state, cfg, stage, may_swap):
-    """Epochs over `rows`, each row's answer being target(row), its order a coin where may_swap(row);
+    """Epochs over `rows`, each row's answer being target(row), its order a coin if may_swap(row);
     resumes from `state`; writes the checkpoint with held-out results before and after. Stage 2b
     trains with it, too."""
     device = next(model.parameters()).device
