@@ -750,8 +750,8 @@ def from_chosen_rejected(r, where):
     prompt = r["question"] if "question" in r else r["prompt"]
     yield better_first(f"{source or 'pair'}/{r.get('idx', r.get('id', ''))}/{where}",
                        re.sub(r"\s*<(image|video)>\s*", " ", prompt).strip(), r["chosen"],
-                       r["rejected"],
-                       f"{kind}_understanding" if kind else "text", [r[kind]] if kind else [],
+                       r["rejected"], f"{kind}_understanding" if kind else "text",
+                       [r[kind]] if kind else [],
                        source=source, subset=str(r.get("subset") or r.get("origin_dataset") or ""))
 
 
