@@ -156,9 +156,9 @@ def test_sharegptvideo(here, encoder):
         path.parent.mkdir(exist_ok=True)
         picture((10 * k,) * 3).save(path)
     rows = rows_of(write(here / "sft_dpo_17k.jsonl", [
-        {"id": f"v_{i}", "video": video, "prompt": "<video>\nWhat?", "chosen": "good",
-         "rejected": "bad", **({"chosen_score": 5} if i % 2 else {})}
-        for i in range(N + 2) for video in ["v" if i > 1 else held]]), encoder, "video_understanding")
+        {"id": f"v_{i}", "video": "v" if i > 1 else held, "prompt": "<video>\nWhat?",
+         "chosen": "good", "rejected": "bad", **({"chosen_score": 5} if i % 2 else {})}
+        for i in range(N + 2)]), encoder, "video_understanding")
     assert len(rows) == N and not common.held_out("v")
     assert {better(r) for r in rows} == {"good"} and rows[0]["prompt"] == "What?"
     levels = [f.getpixel((0, 0))[0] for f in common.open_video(rows[0]["media"][0], 11)]
