@@ -52,9 +52,9 @@ def main():
     parser.add_argument("--sets", type=int, default=100)
     parser.add_argument("--rounds", type=int, nargs="+", default=[1, 2, 3, 5, 7])
     parser.add_argument("--draws", type=int, default=5, help="schedules drawn, for the mean")
-    parser.add_argument("--out", default="runs/ranking", help="folder of what is written")
+    parser.add_argument("--out", default="runs/ranking", help="one folder a model is written here")
     args = parser.parse_args()
-    out = Path(args.out)
+    out = Path(args.out, args.model.strip("./").replace("/", "-"))
     out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(5)
     sets = [candidate_set(rng, i) for i in range(args.sets)]
