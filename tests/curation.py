@@ -6,7 +6,7 @@ has not seen; here it was trained on them, for too short a time to learn the fli
 
     python tests/curation.py      # after tests/curriculum.py --seeds 0 1 2, judged by its stage 0
 
-Stage 0 is a poor judge (about 70 %), which is the point: a good one needs no curation.
+Stage 0 is a poor judge (70 to 76 %), which is the point: a good one needs no curation.
 """
 
 import argparse
