@@ -379,8 +379,8 @@ def main():
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr,
                                   betas=(0.9, 0.95), weight_decay=0.0)
     limits = FORM, cfg.max_prompt_tokens, cfg.skip_bad_rows
-    texts = common.load_rows(cfg.replay, encoder, *limits, exclude=cfg.exclude) if n_replay(cfg) \
-        else []  # what can fail comes before what takes hours
+    # what can fail comes before the captioner's hours; at 1:0 there is nothing to replay
+    texts = n_replay(cfg) and common.load_rows(cfg.replay, encoder, *limits, exclude=cfg.exclude)
     data = common.captioned(cfg, sample_group, device) if cfg.captioner else cfg.data
     rows = common.load_rows(data, encoder, *limits, exclude=cfg.exclude)
     rows = common.hard_rows(rows, cfg.min_attempts)
