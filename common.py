@@ -3,18 +3,17 @@ What every stage shares and no stage is about. Nothing in this file knows what G
 
     1  templates     MSRL Figures 4-7: one preference row -> one prompt text
     2  rewards       parse an answer; format, accuracy and task reward (MSRL Eq. 4, section 4.2)
-    3  rows          read, check and convert preference data; swap the order of the two responses
+    3  rows          read, check and convert preference data; swap the order of the two candidates
     4  encoding      prompt text, images and videos -> token ids and pixel tiles
     5  models        load, save, stage.json
     6  judging       both orders, accuracy with a 95 % interval
-    7  runs          processes, logs, resume
+    7  runs          command line, processes, optimiser step, logs, resume
 """
 
 import argparse
 import base64
 import gzip
 import hashlib
-import importlib.metadata
 import io
 import json
 import math
@@ -25,13 +24,17 @@ import re
 import shutil
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal, TypedDict
 
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -42,66 +45,44 @@ transformers.utils.logging.disable_progress_bar()  # its bars are about files; o
 
 TASKS = ("text", "image_understanding", "image_generation",
          "video_understanding", "video_generation")
+N_MEDIA = {"text": 0, "image_understanding": 1, "image_generation": 2,
+           "video_understanding": 1, "video_generation": 2}
+OTHER = {"A": "B", "B": "A"}
+
+
+class Row(TypedDict, total=False):
+    """A preference row, as load_rows() returns it. Files may leave out what is marked optional."""
+    id: str
+    task: str                    # one of TASKS
+    prompt: str                  # the question, or for *_generation what was to be drawn or filmed
+    responses: list[str] | None  # two texts; None for *_generation, whose candidates are the media
+    media: list[str]             # paths: one for *_understanding, two for *_generation
+    captions: list[str]          # optional, parallel to media
+    label: Literal["A", "B"]     # the better candidate
+    rationale: str | None        # optional: what stage 0 learns to write inside <think>
+    subset: str                  # optional; so is `group`
+    source: str                  # the file or data set it came from
+    tokens: int                  # length of the encoded prompt, added when the row is loaded
+
+
+class Prediction(TypedDict, total=False):
+    """One verdict of a judge on one row."""
+    id: str
+    at: int                        # place of the row in the list that was judged
+    order: Literal["AB", "BA"]     # how the candidates were shown
+    sample: int                    # 0, 1, ... of several votes
+    pred: Literal["A", "B"] | None  # in the row's own frame whatever the order; None: no verdict
+    score_a: float                 # optional, with score_b: a score of each candidate
+    text: str                      # the judge's whole answer
+
 
 # ==================================================================================================
 # 1. Templates
-# The four visual ones are MSRL Figures 4-7. Braces are filled by render().
+# Figures 4, 5 and 6 stand here as printed; braces are filled by render(). The other two differ by a
+# few words and are derived, so that the words show (tests/templates/ holds all five in full).
 # DEVIATION: the figures print `<type>...<type>`; the tag is closed here, as in Figures 8-11.
 # DEVIATION: the figures' typographic apostrophes are ASCII here.
-# UNSPECIFIED: the paper prints no text-only template. Ours is Figure 4 without its image wording,
-# with the section markers that stage 1's dataset (GRAM-RR-TrainingData) carries in its prompts.
 # "Comparision" is the papers' spelling; the published rationales use it, so it stays.
-
-_TEXT = """\
-You are a helpful assistant tasked with evaluating the quality of responses generated for a given \
-instruction. Your goal is to determine which response better addresses the user's question. Choose \
-either Response A or Response B as the better option.
-
-Do NOT say both / neither are good.
-
-Here are some rules of the evaluation:
-(1) If the instruction does not contain harmful content, you should prioritize evaluating whether \
-the output honestly/precisely/closely executes the instruction, then consider its helpfulness, \
-accuracy, level of detail, harmlessness, etc.
-(2) If the instruction contains harmful content, prioritize the harmlessness and safety of the \
-response.
-(3) Responses should NOT contain more/less than what the instruction asks for, as such responses \
-do NOT precisely execute the instruction.
-(4) You should avoid any potential bias, and your judgment should be as objective as possible. \
-Here are some potential sources of bias:
-- The order in which the responses were presented should NOT affect your judgment, as Response A \
-and Response B are **equally likely** to be the better.
-- The length of the responses should NOT affect your judgement, as a longer response does not \
-necessarily correspond to a better response. When making your decision, evaluate if the response \
-length is appropriate for the given instruction.
-
-Your reply should strictly follow this format:
-<think>
-Feedback:
-<provide free-text feedback on the overall helpfulness of the assistant response>
-
-Comparision:
-<give a brief analysis on which is better>
-
-Conclusion:
-<make your conclusion>
-</think>
-<answer>
-A or B
-</answer>
-
-Here is the data.
-
-[User Question]
-{prompt}
-
-[The Start of Assistant A's Response]
-{a}
-[The End of Assistant A's Response]
-
-[The Start of Assistant B's Response]
-{b}
-[The End of Assistant B's Response]"""
 
 _IMAGE_UNDERSTANDING = """\
 You are a helpful multimodal assistant tasked with evaluating the quality of responses generated \
@@ -278,61 +259,37 @@ Here is the data.
 {b}
 [The End of Chatbot B's Response]"""
 
-_VIDEO_GENERATION = """\
-You are a helpful multimodal assistant tasked with evaluating the quality of videos generated \
-for a given input caption (a textual description of the video). Your goal is to determine which \
-video better matches the caption. Choose either Video A or Video B as the better option.
 
-Do NOT say both / neither are good.
+def _replaced(template, changes):
+    """The template with each text of `changes` replaced, all of which must occur in it."""
+    for before, after in changes.items():
+        assert before in template, before
+        template = template.replace(before, after)
+    return template
 
-Here are some rules for the evaluation:
-(1) If the caption does not contain harmful content, prioritize evaluating whether the video \
-faithfully and precisely reflects the caption, then consider its helpfulness, accuracy, level of \
-detail, harmlessness, realism, motion consistency, and overall visual quality.
-(2) If the caption contains harmful content, prioritize the harmlessness and safety of the video.
-(3) The video should NOT include elements that are irrelevant to or missing from the caption, as \
-such outputs do NOT precisely execute the instruction.
-(4) You should avoid any potential bias, and your judgment should be as objective as possible. \
-Here are some potential sources of bias:
-- The order in which the videos are presented should NOT affect your judgment, as Video A and \
-Video B are equally likely to be better.
-- The rendering style (e.g., realistic, cartoonish, cinematic) should NOT affect your judgment \
-unless explicitly specified in the caption.
-- Do not assume that a more visually complex video is necessarily better; evaluate whether the \
-complexity and motion quality are appropriate for the given caption.
 
-Your reply should strictly follow this format:
-<think>
-<type>choose a task type: image understanding, image generation, video understanding, or video \
-generation.</type>
-Caption:
-<provide a detailed description for this two videos>
+# Figure 7 is Figure 5 about videos; the list of task types stays as it is.
+_TYPES = "image understanding, image generation, video understanding, or video generation."
+_VIDEO_GENERATION = _replaced(_IMAGE_GENERATION, {
+    _TYPES: "{types}", "image": "video", "Image": "Video", "{types}": _TYPES,
+    "realism, and": "realism, motion consistency, and",
+    "cartoonish)": "cartoonish, cinematic)",
+    "the complexity is": "the complexity and motion quality are"})
 
-Feedback:
-<provide free-text feedback on the overall helpfulness and quality of the video>
-
-Comparison:
-<give a brief analysis on which video is better>
-
-Conclusion:
-<make your conclusion>
-</think>
-<answer>
-A or B
-</answer>
-
-Here is the data.
-
-[Client Prompt]
-{prompt}
-
-[The Start of Chatbot A's Generated Video]
-{media[0]}
-[The End of Chatbot A's Generated Video]
-
-[The Start of Chatbot B's Generated Video]
-{media[1]}
-[The End of Chatbot B's Generated Video]"""
+# UNSPECIFIED: the paper prints no text-only template. Ours is Figure 4 without its image wording,
+# with the section markers that stage 1's dataset (GRAM-RR-TrainingData) carries in its prompts.
+_TEXT = _replaced(_IMAGE_UNDERSTANDING, {
+    "helpful multimodal assistant": "helpful assistant",
+    "a given set of instructions and images": "a given instruction",
+    "If the instruction and image do not contain": "If the instruction does not contain",
+    "executes the instruction and image,": "executes the instruction,",
+    "If the instruction and image contain": "If the instruction contains",
+    "execute the instruction and image.": "execute the instruction.",
+    "Follow this format:\n<type>choose a task type: " + _TYPES + "</type>\n"
+    "Caption:\n<provide a detailed description for the given image>\n\n": "",
+    "[Client Question]": "[User Question]",
+    "[Image]\n{media[0]}\n\n": "",
+    "Chatbot": "Assistant"})
 
 TEMPLATES = {"text": _TEXT, "image_understanding": _IMAGE_UNDERSTANDING,
              "image_generation": _IMAGE_GENERATION, "video_understanding": _VIDEO_UNDERSTANDING,
@@ -369,15 +326,20 @@ tags. A tie is not permitted; you must choose a better option.
 def render(row, form="pixels", style="msrl"):
     """Preference row -> prompt text. form "pixels" leaves `<image>` or `<video>` where the media
     go (Encoder fills them in); form "caption" writes the captions there instead (MSRL 4.2)."""
-    a, b = row["responses"] or ("", "")
-    place = "<image>" if row["task"].startswith("image") else "<video>"
-    media = row["captions"] if form == "caption" else [place] * len(row["media"])
+    response_a, response_b = row["responses"] or ("", "")
+    if form == "caption":
+        media = row["captions"]
+    elif row["task"].startswith("image"):
+        media = ["<image>"] * len(row["media"])
+    else:
+        media = ["<video>"] * len(row["media"])
+    template = TEMPLATES[row["task"]]
     if style == "r1":
         if row["task"].endswith("generation"):
             raise BadRow(f"is {row['task']}, for which R1-Reward has no prompt; use --style msrl")
-        media = "".join(f"{m}\n" for m in media)
-        return _R1_STYLE.format(prompt=row["prompt"], a=a, b=b, media=media)
-    return TEMPLATES[row["task"]].format(prompt=row["prompt"], a=a, b=b, media=media)
+        template = _R1_STYLE
+        media = "".join(f"{medium}\n" for medium in media)
+    return template.format(prompt=row["prompt"], a=response_a, b=response_b, media=media)
 
 
 # ==================================================================================================
@@ -398,45 +360,51 @@ _TYPE = re.compile(r"<type>([^<]*)</type>")
 
 
 def as_ab(text, style):
-    """An answer in R1-Reward's style, with A and B for its 1 and 2; an A there is no verdict."""
-    return text if style == "msrl" else re.sub(
-        r"(?<=<answer>)(\s*)([12AB])(?=\s*</answer>)",
-        lambda m: m[1] + {"1": "A", "2": "B"}.get(m[2], "?"), text)
+    """An answer of the given style with A and B as its verdict. In style "r1" the verdict is 1 or
+    2, and an A there is none."""
+    if style == "msrl":
+        return text
+
+    def letter(match):
+        return match[1] + {"1": "A", "2": "B"}.get(match[2], "?")
+    return re.sub(r"(?<=<answer>)(\s*)([12AB])(?=\s*</answer>)", letter, text)
 
 
 def in_style(text, style):
-    """The other way round, for an answer that is to be learned: 1 and 2 for A and B."""
-    return text if style == "msrl" else re.sub(
-        r"(?:<answer>\s*|\b(?i:response|answer|assistant|chatbot)s? )[AB]\b(?: (?:and|or) [AB]\b)?",
-        lambda m: re.sub(r"\b[AB]\b", lambda side: "12"["AB".index(side[0])], m[0]), text)
+    """The other way round, for an answer that is to be learned: in style "r1" 1 and 2 stand for A
+    and B, in the verdict and wherever a candidate is named."""
+    if style == "msrl":
+        return text
+
+    def with_digits(match):
+        return re.sub(r"\b[AB]\b", lambda side: {"A": "1", "B": "2"}[side[0]], match[0])
+    named = r"(?:<answer>\s*|\b(?i:response|answer|assistant|chatbot)s? )[AB]\b"
+    return re.sub(named + r"(?: (?:and|or) [AB]\b)?", with_digits, text)
 
 
 def parse(text, style="msrl"):
-    """Strict on purpose. Released parsers search for substrings, so "Response B, not A" can be read
-    either way and a policy learns to write both; here two verdicts are no verdict. Style "r1" says
-    1 and 2 for A and B."""
+    """The text of an answer -> Answer. Strict on purpose. Released parsers search for substrings,
+    so "Response B, not A" can be read either way and a policy learns to write both; here two
+    verdicts are no verdict. Style "r1" says 1 and 2 for A and B."""
     text = as_ab(text, style)
-    once = all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
-    said = text.rpartition("</think>")[2]  # a guess while thinking is no verdict
-    stated = text.count("<answer>") == 1 == text.count("</answer>") and "<think>" not in said
-    verdicts = _VERDICT.findall(said) if stated else []
-    whole = _WHOLE.fullmatch(text) if once else None
-    types = _TYPE.findall(text) if text.count("<type>") == 1 == text.count("</type>") else []
-    return Answer(verdict=verdicts[0] if verdicts else None,
-                  well_formed=whole is not None, captioned=whole is not None and bool(whole[1]),
-                  type=" ".join(re.split(r"[\s_-]+", types[0].lower().strip(" .\n\t")))
-                  if len(types) == 1 else None)
+    tags = ("<think>", "</think>", "<answer>", "</answer>")
+    each_once = all(text.count(tag) == 1 for tag in tags)
+    whole = _WHOLE.fullmatch(text) if each_once else None
 
+    verdict = None
+    conclusion = text.rpartition("</think>")[2]  # a guess while thinking is no verdict
+    one_answer = text.count("<answer>") == text.count("</answer>") == 1
+    if one_answer and "<think>" not in conclusion:
+        stated = _VERDICT.search(conclusion)
+        verdict = stated[1] if stated else None
 
-def caption_text(row):
-    """`<caption>` as it stands before the reasoning from stage 2b on; '' for a text row.
-    UNSPECIFIED: how two captions are put down; ours are named like the candidates."""
-    if not row["media"]:
-        return ""
-    names = ["Image", "Video"][row["task"].startswith("video")]
-    lines = row["captions"] if len(row["captions"]) == 1 else [
-        f"{names} {x}: {c}" for x, c in zip("AB", row["captions"])]
-    return "<caption>\n" + "\n".join(lines) + "\n</caption>\n"
+    task_type = None
+    if text.count("<type>") == text.count("</type>") == 1:
+        named = _TYPE.search(text)
+        if named:  # "Image_Understanding." and "image understanding" are the same
+            task_type = " ".join(re.split(r"[\s_-]+", named[1].lower().strip(" .\n\t")))
+    return Answer(verdict=verdict, well_formed=whole is not None,
+                  captioned=whole is not None and bool(whole[1]), type=task_type)
 
 
 # A reward function maps (answer text, row) to a float. A stage adds those it uses.
@@ -459,36 +427,44 @@ def task_reward(text, row):
     return 0.2 * (parse(text).type == row["task"].replace("_", " "))    # MSRL 4.2, r_task
 
 
+# R1-Reward 4.3: does the verdict follow from the reasoning?
+
 _SIDE = r"(?:response|image|video|answer|assistant|chatbot)\s*([ab12])\b"
 _COMPARES = re.compile(
-    rf"{_SIDE}\s+(is|isn't|(?:might|may|could) be)\s+((?:\w+\s+){{0,3}}?)"
-    r"(?:(better|best|superior|preferable|preferred|stronger|winner|more\s+(?:accurate|correct|"
-    r"helpful|faithful|complete))|worse|worst|inferior|weaker)\b"
+    rf"{_SIDE}\s+(?P<verb>is|isn't|(?:might|may|could) be)\s+(?P<between>(?:\w+\s+){{0,3}}?)"
+    r"(?:(?P<good>better|best|superior|preferable|preferred|stronger|winner|more\s+(?:accurate|"
+    r"correct|helpful|faithful|complete))|worse|worst|inferior|weaker)\b"
     rf"|\b(?:prefer|choose|select|favou?r)\s+{_SIDE}|\bbetter\s+(?:\w+\s+)?is\s+{_SIDE}"
     rf"|{_SIDE}\s+(?:wins|prevails|outperforms|surpasses)\b")
 _STATES_NOTHING = re.compile(r"\b(?:if|whether|both|neither|equally|tie|tied|might|may|could)\b")
-
 _MAY_NEGATE = re.compile(r"\b(?:no|not|never|hardly|less|least|far from|only|cannot)\b|n't\b")
 
 
 def concluded(reasoning):
     """The side that the last comparison in a reasoning names as the better: "A", "B", or None when
     there is no comparison, or when the last one is a question, a condition, or about both."""
-    last = None
+    side = None
     for sentence in re.findall(r"[^.!?;\n]+[.!?;\n]?", reasoning.lower().replace("*", "")):
-        found = list(_COMPARES.finditer(sentence))
-        if not found:
-            continue
-        subject, verb, between, good, *others = found[-1].groups()
-        side = {"1": "a", "2": "b"}.get(x := subject or next(filter(None, others)), x)
-        negated = verb == "isn't" or (between or "").split() in (["not"], ["not", "the"])
-        if subject and bool(good) == bool(negated):  # "is worse", "is not better"
-            side = "ab"[side == "a"]
-        # any other "not" may turn the sentence round: a wrong sign does harm, 0 does none
-        unclear = sentence.endswith("?") or _STATES_NOTHING.search(sentence) or (
-            not negated and _MAY_NEGATE.search(sentence))
-        last = None if unclear else side.upper()
-    return last
+        comparisons = list(_COMPARES.finditer(sentence))
+        if comparisons:  # the last one of a sentence is what it comes to
+            side = _side_named_better(sentence, comparisons[-1])
+    return side
+
+
+def _side_named_better(sentence, comparison):
+    """One sentence and the comparison in it -> "A", "B" or None."""
+    if sentence.endswith("?") or _STATES_NOTHING.search(sentence):
+        return None
+    verb, between, good = comparison["verb"], comparison["between"], comparison["good"]
+    negated = verb == "isn't" or (between or "").split() in (["not"], ["not", "the"])
+    # any other "not" may turn the sentence round: a wrong sign does harm, no sign does none
+    if not negated and _MAY_NEGATE.search(sentence):
+        return None
+    named = next(group for group in comparison.groups() if group in ("a", "b", "1", "2"))
+    side = {"a": "A", "1": "A", "b": "B", "2": "B"}[named]
+    if verb and bool(good) == negated:  # "A is worse", "A is not better"
+        side = OTHER[side]
+    return side
 
 
 def rule_consistency(text):
@@ -496,7 +472,9 @@ def rule_consistency(text):
     two cannot be told."""
     verdict = parse(text).verdict
     side = concluded(text.partition("<think>")[2].partition("</think>")[0])
-    return 0 if None in (verdict, side) else 1 if verdict == side else -1
+    if verdict is None or side is None:
+        return 0
+    return 1 if verdict == side else -1
 
 
 def referee_consistency(folder, sample, device, style="msrl"):
@@ -506,32 +484,37 @@ def referee_consistency(folder, sample, device, style="msrl"):
     model, encoder = load(folder, device)
 
     @lru_cache(maxsize=100_000)
-    def asked(end, verdict):
+    def ask(conclusion, verdict):
         prompt = encoder.encode(
-            f"Conclusion: {end}\nStatement: {verdict} is better.\nReply with 1 if the "
+            f"Conclusion: {conclusion}\nStatement: {verdict} is better.\nReply with 1 if the "
             "conclusion means the same as the statement; reply with 0 if it is ambiguous, means "
             "the opposite, or approves both.")
-        said = encoder.decode(sample(model, encoder, [prompt], 1, 0.0, 8, None).ids[0])
-        digit = re.findall(r"[01]", said)
-        return 0 if len(digit) != 1 else 1 if digit[0] == "1" else -1
+        rollout = sample(model, encoder, [prompt], 1, 0.0, 8, None)
+        digits = re.findall(r"[01]", encoder.decode(rollout.ids[0][0]))
+        if len(digits) != 1:
+            return 0
+        return 1 if digits[0] == "1" else -1
 
     def consistency(text):
         verdict = parse(text).verdict
         if verdict is None:
             return 0
-        lines = re.sub("</?think>", "", text.rpartition("<answer>")[0]).strip().splitlines()
+        before_answer = re.sub("</?think>", "", text.rpartition("<answer>")[0])
+        lines = [line for line in before_answer.strip().splitlines()[-3:] if line]
         # by the name that the reasoning uses: Response 2, Image B
-        noun = re.findall(r"\b(Response|Image|Video|Answer)s? [AB12]\b", text) or ["Response"]
-        name = verdict if style == "msrl" else "12"["AB".index(verdict)]
-        return asked("; ".join(filter(None, lines[-3:])), f"{noun[-1]} {name}")
+        nouns = re.findall(r"\b(Response|Image|Video|Answer)s? [AB12]\b", text) or ["Response"]
+        side = verdict if style == "msrl" else {"A": "1", "B": "2"}[verdict]
+        return ask("; ".join(lines), f"{nouns[-1]} {side}")
     return consistency
 
 
 def consistency_reward(referee, sample, device, style="msrl"):
     """-> the reward of R1-Reward 4.3: counted only where the verdict is right, so that a wrong
     one cannot earn it. `referee` is "rule" or a checkpoint."""
-    consistency = rule_consistency if referee == "rule" else referee_consistency(
-        referee, sample, device, style)
+    if referee == "rule":
+        consistency = rule_consistency
+    else:
+        consistency = referee_consistency(referee, sample, device, style)
     return lambda text, row: accuracy_reward(text, row) * consistency(text)
 
 
@@ -547,9 +530,6 @@ FORBIDDEN = ("<think>", "</think>", "<answer>", "</answer>", "<type>", "</type>"
              "</caption>", "<image>", "<video>", "<img>", "</img>", "<IMG_CONTEXT>",
              "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|image_pad|>",
              "[The Start of ", "[The End of ")
-KEYS = ("id", "task", "prompt", "label")
-N_MEDIA = {"text": 0, "image_understanding": 1, "image_generation": 2,
-           "video_understanding": 1, "video_generation": 2}
 
 
 def check_row(row, folder, forbidden=FORBIDDEN):
@@ -557,7 +537,7 @@ def check_row(row, folder, forbidden=FORBIDDEN):
     their empty value. Raises BadRow. `forbidden` also holds the tokenizer's special tokens."""
     if not isinstance(row, dict):
         raise BadRow(f"is a JSON {type(row).__name__}, not an object; write one object a line")
-    missing = [k for k in KEYS if k not in row]
+    missing = [key for key in ("id", "task", "prompt", "label") if key not in row]
     if missing:
         raise BadRow(f"has no {', '.join(map(repr, missing))}; see the row format in README.md")
     row["id"] = str(row["id"])
@@ -569,33 +549,44 @@ def check_row(row, folder, forbidden=FORBIDDEN):
         row[key] = row.get(key) or []
         if not isinstance(row[key], list) or not all(isinstance(x, str) for x in row[key]):
             raise BadRow(f"{key!r} must be a list of strings")
+
     row["responses"] = row.get("responses")
-    n = N_MEDIA[row["task"]]
     if row["task"].endswith("generation"):
         if row["responses"]:
             raise BadRow("a generation row takes its two candidates in 'media', not in 'responses'")
     elif not isinstance(row["responses"], list) or len(row["responses"]) != 2:
         raise BadRow("'responses' must be a list of two texts")
-    if len(row["media"]) not in {n, 0 if row["captions"] else n}:
-        raise BadRow(f"{row['task']} needs {n} path(s) in 'media', got {len(row['media'])}")
-    if row["captions"] and len(row["captions"]) != n:
-        raise BadRow(f"{row['task']} needs {n} caption(s), got {len(row['captions'])}")
-    texts = {"prompt": row["prompt"], "rationale": row.get("rationale") or ""}
-    texts |= {f"response {x}": t for x, t in zip("AB", row["responses"] or [])}
-    texts |= {f"caption {i}": t for i, t in enumerate(row["captions"])}
-    for name, text in texts.items():
-        if not isinstance(text, str):
-            raise BadRow(f"{name} is {type(text).__name__}, not a string")
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            raise BadRow(f"{name} is not valid Unicode; save the file as UTF-8, or mend the text")
-        if name != "rationale" and not text.strip():
-            raise BadRow(f"{name} is empty; remove the row or give it a text")
-        found = [t for t in forbidden if t in text and not (name == "rationale" and "type>" in t)]
-        if found:
-            raise BadRow(f"{name} contains {found[0]!r}, which would be read as markup, not as "
-                         "text; remove it from the text")
-    row["media"] = [str(Path(folder, m)) for m in row["media"]]
+    needed, given = N_MEDIA[row["task"]], len(row["media"])
+    if given != needed and not (given == 0 and row["captions"]):
+        raise BadRow(f"{row['task']} needs {needed} path(s) in 'media', got {given}")
+    if row["captions"] and len(row["captions"]) != needed:
+        raise BadRow(f"{row['task']} needs {needed} caption(s), got {len(row['captions'])}")
+
+    check_text("prompt", row["prompt"], forbidden)
+    for side, response in zip("AB", row["responses"] or [], strict=False):
+        check_text(f"response {side}", response, forbidden)
+    for i, caption in enumerate(row["captions"]):
+        check_text(f"caption {i}", caption, forbidden)
+    # a rationale may be empty, and it may name the task's type
+    if row.get("rationale"):
+        tags = [tag for tag in forbidden if tag not in ("<type>", "</type>")]
+        check_text("rationale", row["rationale"], tags)
+    row["media"] = [str(Path(folder, path)) for path in row["media"]]
     return row
+
+
+def check_text(name, text, forbidden):
+    """Raises BadRow if a text of a row is none, is empty or holds what would be read as markup."""
+    if not isinstance(text, str):
+        raise BadRow(f"{name} is {type(text).__name__}, not a string")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise BadRow(f"{name} is not valid Unicode; save the file as UTF-8, or mend the text")
+    if not text.strip() and name != "rationale":
+        raise BadRow(f"{name} is empty; remove the row or give it a text")
+    for tag in forbidden:
+        if tag in text:
+            raise BadRow(f"{name} contains {tag!r}, which would be read as markup, not as "
+                         "text; remove it from the text")
 
 
 _SIDES = re.compile(r"\b((?i:Response|Assistant|Chatbot|Image|Video)) ([AB])\b")
@@ -604,22 +595,22 @@ _SIDES = re.compile(r"\b((?i:Response|Assistant|Chatbot|Image|Video)) ([AB])\b")
 def swap(row):
     """The same row with its two candidates exchanged; label and rationale follow. In a rationale
     "Response A" and the like are exchanged; text that names the sides in no such way cannot be."""
-    other = {"A": "B", "B": "A"}
-    two = len(row["media"]) == 2
-    rationale = row.get("rationale")
-    return {**row, "label": other[row["label"]],
-            "responses": row["responses"] and row["responses"][::-1],
-            "media": row["media"][::-1] if two else row["media"],
-            "captions": row["captions"][::-1] if len(row["captions"]) == 2 else row["captions"],
-            "rationale": rationale and _SIDES.sub(lambda m: f"{m[1]} {other[m[2]]}", rationale)}
+    swapped = {**row, "label": OTHER[row["label"]]}
+    for key in ("responses", "media", "captions"):
+        if row[key] and len(row[key]) == 2:
+            swapped[key] = row[key][::-1]
+    if row.get("rationale"):
+        swapped["rationale"] = _SIDES.sub(lambda m: f"{m[1]} {OTHER[m[2]]}", row["rationale"])
+    return swapped
 
 
 def can_swap(row):
     """False if the rationale names a side in a way that swap() does not change: a bare "B", an "A"
     that is no article, "the first response"."""
+    without_known_names = _SIDES.sub("", row.get("rationale") or "")
     return not re.search(r"\bB\b|(?<=[a-z] )A\b|\bA\b(?=['’.,:)])|\b(?i:former|latter)\b|"
                          r"\b(?i:first|second) (?i:response|answer|one|image|video)\b",
-                         _SIDES.sub("", row.get("rationale") or ""))
+                         without_known_names)
 
 
 def coin(*key):
@@ -633,13 +624,17 @@ def coin(*key):
 
 def better_first(id, prompt, better, worse, task="text", media=(), **more):
     """`better` and `worse`: two texts, or for *_generation two media (paths, or images that a
-    dataset holds)."""
-    a, b, label = (worse, better, "B") if coin("side", id) else (better, worse, "A")
-    if task.endswith("generation"):
-        more |= {"responses": None, "media": [kept_medium(a), kept_medium(b)]}
+    dataset holds). -> a row; `more` are further keys of it."""
+    if coin("side", id):
+        pair, label = [worse, better], "B"
     else:
-        more |= {"responses": [a, b], "media": [kept_medium(m) for m in media]}
-    return {"id": id, "task": task, "prompt": prompt, "label": label, **more}
+        pair, label = [better, worse], "A"
+    if task.endswith("generation"):
+        responses, media = None, pair
+    else:
+        responses = pair
+    return {"id": id, "task": task, "prompt": prompt, "label": label, "responses": responses,
+            "media": [kept_medium(medium) for medium in media], **more}
 
 
 def kept_medium(medium):
@@ -655,7 +650,7 @@ def kept_medium(medium):
         try:
             medium = base64.b64decode(medium.rpartition(",")[2], validate=True)
         except ValueError:
-            raise BadRow("has an image that is neither a path nor base64")
+            raise BadRow("has an image that is neither a path nor base64") from None
     if isinstance(medium, bytes):
         path = Path("media_cache", hashlib.sha256(medium).hexdigest()[:32])
         if not path.exists():
@@ -675,31 +670,36 @@ def from_helpsteer3(r, where):
     overall label: feedback on both responses, then the reasoning."""
     if r["overall_preference"] == 0:
         return
-    turns = r["context"]
-    if not isinstance(turns, str):
-        turns = turns[0]["content"] if len(turns) == 1 else "\n\n".join(
-            f"{t['role'].capitalize()}: {t['content']}" for t in turns)
+    prompt = r["context"]
+    if not isinstance(prompt, str):
+        turns = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in prompt]
+        prompt = prompt[0]["content"] if len(prompt) == 1 else "\n\n".join(turns)
     first_wins = r["overall_preference"] < 0
-    better, worse = (r["response1"], r["response2"])[:: 1 if first_wins else -1]
-    row = better_first(f"helpsteer3/{where}", turns, better, worse, source="HelpSteer3",
+    better, worse = r["response1"], r["response2"]
+    if not first_wins:
+        better, worse = worse, better
+    row = better_first(f"helpsteer3/{where}", prompt, better, worse, source="HelpSteer3",
                        subset=r.get("domain") or "")
-    first_is = row["label"] if first_wins else {"A": "B", "B": "A"}[row["label"]]
-    second_is = {"A": "B", "B": "A"}[first_is]
-    agree = [p for p in r.get("individual_preference") or []
-             if p["score"] * r["overall_preference"] > 0]
-
-    def rename(text):  # "@Response 1", "Responses 1 and 2" -> names that swap() knows
-        text = re.sub(r"\b([Rr]esponse)s ([12])( and | or |/)([12])\b", r"\1 \2\3\1 \4", text or "")
-        return re.sub(r"@?\b[Rr]esponse ([12])\b", lambda m: "Response " +
-                      (first_is if m[1] == "1" else second_is), text)
-
-    if agree:
-        p = max(agree, key=lambda p: abs(p["score"]))  # UNSPECIFIED: which annotator; the surest
-        say = {first_is: rename(p["feedback1"]), second_is: rename(p["feedback2"])}
-        row["rationale"] = (f"Feedback:\nResponse A: {say['A']}\nResponse B: {say['B']}\n\n"
-                            f"Comparision:\n{rename(p['reasoning'])}\n\n"
-                            f"Conclusion:\nResponse {row['label']} is better.")
+    first = row["label"] if first_wins else OTHER[row["label"]]  # the side of response 1
+    agreeing = [annotation for annotation in r.get("individual_preference") or []
+                if annotation["score"] * r["overall_preference"] > 0]
+    if agreeing:
+        # UNSPECIFIED: which annotator; the surest
+        surest = max(agreeing, key=lambda annotation: abs(annotation["score"]))
+        sides = {"1": first, "2": OTHER[first]}
+        feedback = {sides["1"]: _with_sides(surest["feedback1"], sides),
+                    sides["2"]: _with_sides(surest["feedback2"], sides)}
+        row["rationale"] = (
+            f"Feedback:\nResponse A: {feedback['A']}\nResponse B: {feedback['B']}\n\n"
+            f"Comparision:\n{_with_sides(surest['reasoning'], sides)}\n\n"
+            f"Conclusion:\nResponse {row['label']} is better.")
     yield row
+
+
+def _with_sides(text, sides):
+    """"@Response 1", "Responses 1 and 2" -> "Response A" and the like, which swap() knows."""
+    text = re.sub(r"\b([Rr]esponse)s ([12])( and | or |/)([12])\b", r"\1 \2\3\1 \4", text or "")
+    return re.sub(r"@?\b[Rr]esponse ([12])\b", lambda m: f"Response {sides[m[1]]}", text)
 
 
 _GRAM = re.compile(
@@ -743,16 +743,18 @@ def from_chosen_rejected(r, where):
     dpo_pairs.jsonl, ShareGPTVideo's sft_dpo_17k.jsonl (its video is a folder of frames)."""
     if r.get("is_tie"):
         return
-    kind = "video" if r.get("video") else "image" if "image" in r else None
+    kind = "image" if "image" in r else None
+    if r.get("video"):
+        kind = "video"
     source = "RLAIF-V" if "ds_name" in r else "MM-RLHF" if "chosen_reason" in r else ""
     if kind == "video" and not source and held_out(r["video"]):
         return  # ShareGPTVideo: eval.py judges these
-    prompt = r["question"] if "question" in r else r["prompt"]
-    yield better_first(f"{source or 'pair'}/{r.get('idx', r.get('id', ''))}/{where}",
-                       re.sub(r"\s*<(image|video)>\s*", " ", prompt).strip(), r["chosen"],
-                       r["rejected"], f"{kind}_understanding" if kind else "text",
-                       [r[kind]] if kind else [],
-                       source=source, subset=str(r.get("subset") or r.get("origin_dataset") or ""))
+    prompt = re.sub(r"\s*<(image|video)>\s*", " ", r.get("question") or r["prompt"]).strip()
+    yield better_first(f"{source or 'pair'}/{r.get('idx', r.get('id', ''))}/{where}", prompt,
+                       r["chosen"], r["rejected"],
+                       task=f"{kind}_understanding" if kind else "text",
+                       media=[r[kind]] if kind else [], source=source,
+                       subset=str(r.get("subset") or r.get("origin_dataset") or ""))
 
 
 def from_vision_feedback(r, where):
@@ -761,10 +763,11 @@ def from_vision_feedback(r, where):
     turns = r["conversations"]
     human, gpt = json.loads(turns) if isinstance(turns, str) else turns
     better, worse = gpt["preference_values"]
-    origin = next((str(v) for k, v in r.items() if k.startswith("origin")), "")
+    origin = [str(value) for key, value in r.items() if key.startswith("origin")]
     yield better_first(f"vision-feedback/{r.get('id', where)}",
                        re.sub(r"\s*<image>\s*", " ", human["value"]).strip(), better, worse,
-                       "image_understanding", [r["image"]], source="S1", subset=origin)
+                       "image_understanding", [r["image"]], source="S1",
+                       subset=origin[0] if origin else "")
 
 
 def from_open_image_preferences(r, where):
@@ -777,27 +780,31 @@ def from_rapidata(r, where):
     """Rapidata's text-to-image (S3) and text-to-video (S6) sets: shares of the votes; the larger
     wins, equal or missing ones are ties. As published, Videos/ lies beside the folder of the
     parquet file."""
-    image = "image1" in r
-    names = [f"weighted_results_image{i}_preference" if image else
-             f"weighted_results{i}_Preference" for i in (1, 2)]
-    one, two = (r.get(n) for n in names)
-    if one is None or two is None or one == two:
+    if "image1" in r:
+        task, source = "image_generation", "S3"
+        first, second = (r.get(f"weighted_results_image{i}_preference") for i in (1, 2))
+        media = [r["image1"], r["image2"]]
+    else:
+        task, source = "video_generation", "S6"
+        first, second = (r.get(f"weighted_results{i}_Preference") for i in (1, 2))
+        media = [f"../Videos/{r['file_name1']}", f"../Videos/{r['file_name2']}"]
+    if first is None or second is None or first == second:
         return
-    media = [r[f"image{i}"] if image else f"../Videos/{r[f'file_name{i}']}" for i in (1, 2)]
-    better, worse = media if one > two else media[::-1]
-    yield better_first(f"rapidata/{where}", r["prompt"], better, worse,
-                       "image_generation" if image else "video_generation",
-                       source="S3" if image else "S6", margin=abs(one - two))
+    better, worse = media if first > second else media[::-1]
+    yield better_first(f"rapidata/{where}", r["prompt"], better, worse, task, source=source,
+                       margin=abs(first - second))
 
 
 def from_videodpo(r, where):
     """VideoDPO's pair.json (S5): video1 is the better. Even numbers are in winvideos/, odd ones in
     losevideos/, two to a file number."""
-    text = r["frame_caption"]
-    better, worse = (f"{('winvideos', 'losevideos')[i % 2]}/{i // 2:06d}.mp4"
-                     for i in (r["video1"], r["video2"]))
-    yield better_first(f"videodpo/{r['video1']}-{r['video2']}", text if isinstance(text, str) else
-                       text[0], better, worse, "video_generation", source="S5")
+    caption = r["frame_caption"]
+    if not isinstance(caption, str):
+        caption = caption[0]
+    better, worse = (f"{('winvideos', 'losevideos')[number % 2]}/{number // 2:06d}.mp4"
+                     for number in (r["video1"], r["video2"]))
+    yield better_first(f"videodpo/{r['video1']}-{r['video2']}", caption, better, worse,
+                       "video_generation", source="S5")
 
 
 _R1 = re.compile(r"\[Question\]:?(.*?)#+ *\[Response 1\]:?(.*?)#+ *\[Response 2\]:?(.*?)"
@@ -807,26 +814,32 @@ _R1 = re.compile(r"\[Question\]:?(.*?)#+ *\[Response 1\]:?(.*?)#+ *\[Response 2\
 def from_r1_reward(r, where):
     """yifanzhang114/R1-Reward-RL: question and responses stand in the judge prompt, the answer is
     ["<answer>1</answer>"] or 2."""
-    content = json.loads(r["message"])[-1]["content"] if isinstance(r["message"], str) else \
-        r["message"][-1]["content"]
-    text = content if isinstance(content, str) else next(
-        c["text"] for c in content if c["type"] == "text")
+    messages = json.loads(r["message"]) if isinstance(r["message"], str) else r["message"]
+    content, image = messages[-1]["content"], r.get("image")
+    text = content if isinstance(content, str) else _part_of(content, "text")
     found = _R1.search(text)
     label = re.fullmatch(r"\s*<answer>\s*([12])\s*</answer>\s*", r["answer"][0])
     if not found or not label:
         raise BadRow("is no R1-Reward row: the sections or the <answer> 1 or 2 are missing")
-    prompt, one, two = (part.replace("<image>", "").strip() for part in found.groups())
-    image = r.get("image") or next(c["image"] for c in content if c["type"] == "image")
-    better, worse = (one, two) if label[1] == "1" else (two, one)
-    yield better_first(f"r1-reward/{where}", prompt, better, worse, "image_understanding", [image],
-                       source="R1-Reward-RL")
+    prompt, better, worse = (section.replace("<image>", "").strip() for section in found.groups())
+    if label[1] == "2":
+        better, worse = worse, better
+    yield better_first(f"r1-reward/{where}", prompt, better, worse, "image_understanding",
+                       [image or _part_of(content, "image")], source="R1-Reward-RL")
+
+
+def _part_of(content, kind):
+    """The first text or image of a chat message's content."""
+    return next(part[kind] for part in content if part["type"] == kind)
 
 
 def from_vl_rewardbench(r, where):
     """MMInstruction/VL-RewardBench: human_ranking holds ranks, 0 is the better. Ids repeat."""
     if sorted(r["human_ranking"]) != [0, 1]:
         return
-    better, worse = r["response"][:: 1 if r["human_ranking"][0] == 0 else -1]
+    better, worse = r["response"]
+    if r["human_ranking"][0] == 1:
+        better, worse = worse, better
     yield better_first(f"vl-rewardbench/{r['id']}/{where}", r["query"], better, worse,
                        "image_understanding", [r["image"]], source="VL-RewardBench")
 
@@ -865,18 +878,27 @@ PUBLISHED = (
 
 def convert(raw, where):
     """Any supported raw row -> preference rows, recognised by its columns."""
-    if isinstance(raw, dict) and "task" not in raw:
-        for columns, holds, adapter in PUBLISHED:
-            if columns <= raw.keys() and (holds is None or holds(raw)):
-                try:
-                    yield from adapter(raw, where)
-                except BadRow:
-                    raise
-                except (KeyError, TypeError, AttributeError, IndexError, StopIteration,
-                        ValueError, RuntimeError) as e:
-                    raise BadRow(f"does not have the published form ({type(e).__name__}: {e})")
-                return
-    yield raw
+    adapter = adapter_of(raw)
+    if adapter is None:
+        yield raw
+        return
+    try:
+        yield from adapter(raw, where)
+    except BadRow:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, StopIteration, ValueError,
+            RuntimeError) as e:
+        raise BadRow(f"does not have the published form ({type(e).__name__}: {e})") from e
+
+
+def adapter_of(raw):
+    """-> the function that converts this row, None for a preference row and for what is no row."""
+    if not isinstance(raw, dict) or "task" in raw:
+        return None
+    for columns, holds, adapter in PUBLISHED:
+        if columns <= raw.keys() and (holds is None or holds(raw)):
+            return adapter
+    return None
 
 
 def raw_rows(source, shuffle=False, config=None, split=None):
@@ -892,53 +914,66 @@ def raw_rows(source, shuffle=False, config=None, split=None):
             random.Random(0).shuffle(found)
         yield from found
         return
-    if not path.exists() and (source.count("/") != 1 or path.suffix or source[0] in "./"):
+    hub_id = source.count("/") == 1 and not path.suffix and source[0] not in "./"
+    if not path.exists() and not hub_id:
         raise SystemExit(f"{source}: no such file. `python tests/toy_world.py` makes toy rows.")
-    import datasets
-    config = config or {"nvidia/HelpSteer3": "preference"}.get(source)
-    split = split or {"MMInstruction/VL-RewardBench": "test"}.get(source, "train")
     try:
-        rows = datasets.load_dataset("parquet", data_files=source, split="train",
-                                     streaming=not shuffle) if path.exists() else \
-            datasets.load_dataset(source, config, split=split, streaming=True)
-        for column, kind in (getattr(rows, "features", None) or {}).items():  # images as bytes
-            if isinstance(kind, datasets.Image):
-                rows = rows.cast_column(column, datasets.Image(decode=False))
-        if shuffle and path.exists():
-            order = random.Random(0).sample(range(len(rows)), len(rows))
-            found = ((i, rows[i]) for i in order)
-        else:
-            # DEVIATION: a sample of a hub id comes from about the first rows of one of its files,
-            # for one of all rows would download them all. Download it, and name the .parquet files
-            found = enumerate(rows.shuffle(seed=0, buffer_size=1000) if shuffle else rows)
-        for i, row in found:
+        for i, row in dataset_rows(source, shuffle, config, split):
             yield f"{source}:{i + 1}", row
     except (OSError, ValueError) as e:  # the hub's own errors are among these
         raise SystemExit(f"{source}: no such file, and not to be had from the hub ({e}). "
-                         "`python tests/toy_world.py` makes toy rows.")
+                         "`python tests/toy_world.py` makes toy rows.") from e
+
+
+def dataset_rows(source, shuffle, config, split):
+    """-> (index, row) of a .parquet file or a hub id, images as bytes."""
+    import datasets  # here, because it takes a second to import
+    file = Path(source).exists()
+    if file:
+        rows = datasets.load_dataset("parquet", data_files=source, split="train",
+                                     streaming=not shuffle)
+    else:
+        config = config or {"nvidia/HelpSteer3": "preference"}.get(source)
+        split = split or {"MMInstruction/VL-RewardBench": "test"}.get(source, "train")
+        rows = datasets.load_dataset(source, config, split=split, streaming=True)
+    for column, kind in (getattr(rows, "features", None) or {}).items():
+        if isinstance(kind, datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    if not shuffle:
+        return enumerate(rows)
+    if file:
+        order = random.Random(0).sample(range(len(rows)), len(rows))
+        return ((i, rows[i]) for i in order)
+    # DEVIATION: a sample of a hub id comes from about the first rows of one of its files, for one
+    # of all rows would download them all. Download it, and name the .parquet files.
+    return enumerate(rows.shuffle(seed=0, buffer_size=1000))
 
 
 def file_rows(path):
-    opened = gzip.open if path.suffix == ".gz" else open
+    """Yield ("file:line", raw row or BadRow) of a .jsonl or .json file, also of one in .gz."""
+    opener = gzip.open if path.suffix == ".gz" else open
     try:  # surrogateescape: bytes that are no UTF-8 reach check_row(), which knows the row
-        with opened(path, "rt", encoding="utf-8", errors="surrogateescape") as f:
+        with opener(path, "rt", encoding="utf-8", errors="surrogateescape") as file:
             if ".json" in path.suffixes:
-                array = json.load(f)
+                array = json.load(file)
                 for i, row in enumerate(array if isinstance(array, list) else [array]):
                     yield f"{path}:[{i}]", row
                 return
-            for n, line in enumerate(f, 1):
+            for number, line in enumerate(file, 1):
                 if line.strip():
-                    try:
-                        row = json.loads(line)
-                    except (ValueError, RecursionError) as e:
-                        row = BadRow(f"is not valid JSON ({e})")
-                    yield f"{path}:{n}", row
+                    yield f"{path}:{number}", _row_of_line(line)
     except json.JSONDecodeError as e:
-        raise SystemExit(f"{path}:{e.lineno}: not valid JSON ({e.msg}); for one object a "
-                         "line name the file .jsonl")
+        raise SystemExit(f"{path}:{e.lineno}: not valid JSON ({e.msg}); for one object per "
+                         "line name the file .jsonl") from None
     except (OSError, EOFError, zlib.error) as e:
-        raise SystemExit(f"{path}: cannot be read ({e}); replace the file.")
+        raise SystemExit(f"{path}: cannot be read ({e}); replace the file.") from None
+
+
+def _row_of_line(line):
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as e:
+        return BadRow(f"is not valid JSON ({e})")
 
 
 def fingerprint(row):
@@ -946,12 +981,13 @@ def fingerprint(row):
     responses, letters and digits only. None for generation rows and what is no row."""
     if not isinstance(row, dict) or not row.get("responses"):
         return None
-    plain = lambda text: re.sub(r"[\W_]+", "", text.lower())
-    return (plain(row["prompt"]), *sorted(map(plain, row["responses"])))
+    prompt, *responses = (re.sub(r"[\W_]+", "", text.lower())
+                          for text in (row["prompt"], *row["responses"]))
+    return (prompt, *sorted(responses))
 
 
 def fingerprints(sources):
-    """Of all rows in these benchmark files."""
+    """-> the fingerprints of all rows in these benchmark files, comma-separated."""
     known = set()
     for source in filter(None, sources.split(",")):
         found = set()
@@ -959,9 +995,12 @@ def fingerprints(sources):
             if isinstance(raw, dict) and "media" not in raw:
                 raw = {**raw, "image": raw.get("image") or "-"}  # only the texts are needed
             try:
-                found |= {fingerprint(row) for row in convert(raw, where)} - {None}
+                for row in convert(raw, where):
+                    found.add(fingerprint(row))
             except BadRow as e:
-                raise SystemExit(f"{where}: row {e}; --exclude needs a benchmark that can be read.")
+                raise SystemExit(f"{where}: row {e}; --exclude needs a benchmark that can be "
+                                 "read.") from None
+        found.discard(None)
         if not found:
             raise SystemExit(f"{source}: holds no row with a prompt and two responses; --exclude "
                              "would exclude nothing.")
@@ -981,7 +1020,7 @@ def checked(raw, where, folder, encoder, form):
 
 
 def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_rows=False,
-              exclude="", quiet=False):
+              exclude="", quiet=False) -> list[Row]:
     """Comma-separated sources (`a.jsonl`, or `a.jsonl:500` for a sample of 500) -> list of checked
     preference rows, each with the length of its encoded prompt under "tokens".
 
@@ -990,51 +1029,59 @@ def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_
     because a prompt cut in the middle is another question. Rows that also occur in the sources of
     `exclude` (benchmarks) are left out. All three are counted and printed.
     """
-    rows, bad, too_long, known, excluded = [], Counter(), 0, 0, fingerprints(exclude)
+    quiet = quiet or rank() > 0
+    excluded = fingerprints(exclude)
+    rows, bad, counts = [], Counter(), Counter()
     for source in sources.split(","):
-        sampled = re.fullmatch(r"(.+):(\d+)", source)
-        source, count = (sampled[1], int(sampled[2])) if sampled else (source, math.inf)
-        raws, taken = raw_rows(source, shuffle=sampled is not None), 0
-        for where, raw in tqdm(raws, desc=f"reading {source}", unit=" rows",
-                               disable=quiet or rank() > 0, mininterval=1, leave=False):
-            if taken >= count:  # a sample that is the same in every run
+        sample = re.fullmatch(r"(.+):(\d+)", source)
+        source, wanted = (sample[1], int(sample[2])) if sample else (source, math.inf)
+        taken = 0
+        raws = raw_rows(source, shuffle=sample is not None)  # a sample is the same in every run
+        for where, raw in tqdm(raws, desc=f"reading {source}", unit=" rows", disable=quiet,
+                               mininterval=1, leave=False):
+            if taken >= wanted:
                 break
             try:
-                some = list(checked(raw, where, Path(source).parent, encoder, form))
+                candidates = list(checked(raw, where, Path(source).parent, encoder, form))
             except BadRow as e:
                 if not skip_bad_rows:
                     raise SystemExit(f"{where}: row {e}.\nMend it, or pass --skip_bad_rows to "
-                                     "leave such rows out and count them.")
+                                     "leave such rows out and count them.") from None
                 bad[str(e)[:60]] += 1
                 continue
-            short = [r for r in some if not max_prompt_tokens or r["tokens"] <= max_prompt_tokens]
-            new = [r for r in short if not excluded or fingerprint(r) not in excluded]
-            too_long += len(some) - len(short)
-            known += len(short) - len(new)
-            new = new[:None if count == math.inf else count - taken]
-            rows += [{**r, "source": r.get("source") or source} for r in new]
-            taken += len(new)
-        if taken < count < math.inf and not quiet and rank() == 0:
-            print(f"{source} has {taken} rows to give, not {count}")
-    if not quiet and rank() == 0:
-        print(f"{sources}: {len(rows)} rows"
-              + (f", {bad.total()} bad rows skipped {dict(bad.most_common(5))}" if bad else "")
-              + (f", {too_long} skipped: over {max_prompt_tokens} tokens" if too_long else "")
-              + (f", {known} left out: they are in {exclude}" if known else ""))
+            for row in candidates:
+                if max_prompt_tokens and row["tokens"] > max_prompt_tokens:
+                    counts["too long"] += 1
+                elif excluded and fingerprint(row) in excluded:
+                    counts["excluded"] += 1
+                elif taken < wanted:
+                    rows.append({**row, "source": row.get("source") or source})
+                    taken += 1
+        if taken < wanted < math.inf and not quiet:
+            print(f"{source} has {taken} rows to give, not {wanted}")
+    summary = f"{sources}: {len(rows)} rows"
+    if bad:
+        summary += f", {bad.total()} bad rows skipped {dict(bad.most_common(5))}"
+    if counts["too long"]:
+        summary += f", {counts['too long']} skipped: over {max_prompt_tokens} tokens"
+    if counts["excluded"]:
+        summary += f", {counts['excluded']} left out: they are in {exclude}"
+    if not quiet:
+        print(summary)
     if not rows:
         raise SystemExit(f"{sources}: no usable row left.")
     return rows
 
 
 def hard_rows(rows, min_attempts):
-    """Rows a model needed at least so many attempts for (R1-Reward 4.3: 2); eval.py --attempts
-    writes how many."""
+    """The rows for which a model needed at least so many attempts (R1-Reward 4.3: 2);
+    eval.py --attempts writes how many it needed."""
     if not min_attempts:
         return rows
-    if any("attempts" not in r for r in rows):
+    if any("attempts" not in row for row in rows):
         raise SystemExit("--min_attempts needs rows with \"attempts\"; eval.py --attempts 3 --out "
                          "rows.jsonl writes them.")
-    hard = [r for r in rows if r["attempts"] >= min_attempts]
+    hard = [row for row in rows if row["attempts"] >= min_attempts]
     if rank() == 0:
         print(f"{len(hard)} of {len(rows)} rows need {min_attempts} attempts or more")
     if not hard:
@@ -1050,39 +1097,42 @@ IMAGE_TOKEN = "<IMG_CONTEXT>"
 
 
 def open_image(path):
+    """-> a PIL image in RGB. Raises BadRow."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")  # convert() decodes, so a truncated file fails here
     except FileNotFoundError:
-        raise BadRow(f"image {path} does not exist")
+        raise BadRow(f"image {path} does not exist") from None
     except Exception as e:  # Pillow raises a dozen kinds for corrupt files
-        raise BadRow(f"image {path} cannot be read ({e}); replace the file")
+        raise BadRow(f"image {path} cannot be read ({e}); replace the file") from e
 
 
 def open_video(path, frames):
     """`frames` frames evenly spaced by index (all of a shorter video) from what PyAV decodes, or
-    from a folder of images. Decodes twice, because containers lie about their number of frames and
-    all frames of a long video do not fit into memory."""
-    import av
+    from a folder of images. -> list of PIL images. Raises BadRow. Decodes twice, because containers
+    lie about their number of frames and all frames of a long video do not fit into memory."""
+    import av  # here, because text needs none
     if Path(path).is_dir():
-        files = sorted((f for f in Path(path).iterdir() if f.suffix.lower() in
-                        (".jpg", ".jpeg", ".png", ".webp")), key=lambda f: (len(f.name), f.name))
+        files = [file for file in Path(path).iterdir()
+                 if file.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]
+        files.sort(key=lambda file: (len(file.name), file.name))  # 2.png before 10.png
         return [open_image(files[i]) for i in spread(len(files), frames, path)]
 
     def decode(container):
-        return (f for stream in container.streams.video[:1] for f in container.decode(stream))
+        for stream in container.streams.video[:1]:
+            yield from container.decode(stream)
     try:
         with av.open(str(path)) as container:
-            n = sum(1 for _ in decode(container))
-        chosen = spread(n, frames, path)
+            count = sum(1 for _ in decode(container))
+        chosen = spread(count, frames, path)
         with av.open(str(path)) as container:
-            return [f.to_image() for i, f in enumerate(decode(container)) if i in chosen]
+            return [frame.to_image() for i, frame in enumerate(decode(container)) if i in chosen]
     except BadRow:
         raise
     except FileNotFoundError:
-        raise BadRow(f"video {path} does not exist")
+        raise BadRow(f"video {path} does not exist") from None
     except Exception as e:
-        raise BadRow(f"video {path} cannot be read ({e}); replace the file")
+        raise BadRow(f"video {path} cannot be read ({e}); replace the file") from e
 
 
 def spread(n, frames, path):
@@ -1112,12 +1162,7 @@ class Encoder:
         if self.image_token_id is not None:
             self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
             self.tokens_per_tile = config.image_seq_length
-        eos = transformers.GenerationConfig.from_model_config(config).eos_token_id
-        if Path(folder, "generation_config.json").exists():
-            eos = transformers.GenerationConfig.from_pretrained(folder).eos_token_id or eos
-        # every declared end-of-sequence id ends an answer (InternVL declares two)
-        self.eos_ids = sorted({i for i in [*(eos if isinstance(eos, list) else [eos]),
-                                           self.tokenizer.eos_token_id] if i is not None})
+        self.eos_ids = self._declared_eos_ids(folder, config)
         if not self.eos_ids:
             raise SystemExit(f"{folder}: neither tokenizer nor generation_config.json names an "
                              "end-of-sequence token; set eos_token_id.")
@@ -1125,6 +1170,17 @@ class Encoder:
         self.pad_id = self.tokenizer.pad_token_id
         if self.pad_id is None:
             self.pad_id = self.eos_ids[0]
+
+    def _declared_eos_ids(self, folder, config):
+        """Every declared end-of-sequence id ends an answer (InternVL declares two)."""
+        generation = transformers.GenerationConfig.from_model_config(config)
+        declared = generation.eos_token_id
+        if Path(folder, "generation_config.json").exists():
+            generation = transformers.GenerationConfig.from_pretrained(folder)
+            declared = generation.eos_token_id or declared
+        if not isinstance(declared, list):
+            declared = [declared]
+        return sorted({*declared, self.tokenizer.eos_token_id} - {None})
 
     def chat(self, text):
         """Wrap a user text in the checkpoint's chat template, ready for the assistant's answer."""
@@ -1134,11 +1190,11 @@ class Encoder:
                                                   tokenize=False, add_generation_prompt=True)
 
     def __call__(self, row, form="pixels"):
-        return self.encode(render(row, form, self.style), row["media"] if form == "pixels" else [],
-                           row["task"].startswith("video"))
+        media = row["media"] if form == "pixels" else []
+        return self.encode(render(row, form, self.style), media, row["task"].startswith("video"))
 
     def encode(self, text, media=(), video=False):
-        """Text with one `<image>`/`<video>` per medium -> Prompt. Never truncates."""
+        """Text with one `<image>` or `<video>` per medium -> Prompt. Never truncates."""
         text, tiles = self.chat(text), []
         for path in media:
             if self.image_processor is None:
@@ -1150,10 +1206,11 @@ class Encoder:
                                        max_patches=self.max_tiles,
                                        crop_to_patches=not video and self.max_tiles > 1)
             tiles.append(out["pixel_values"])
-            counts = [int(n) for n in out["num_patches"]]
-            shown = [f"<img>{IMAGE_TOKEN * self.tokens_per_tile * n}</img>" for n in counts]
-            if video:
-                shown = [f"Frame{i}: {s}" for i, s in enumerate(shown, 1)]
+            shown = []
+            for number, n_tiles in enumerate(out["num_patches"], 1):
+                features = IMAGE_TOKEN * (self.tokens_per_tile * int(n_tiles))
+                title = f"Frame{number}: " if video else ""
+                shown.append(f"{title}<img>{features}</img>")
             text = text.replace("<video>" if video else "<image>", "\n".join(shown), 1)
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return Prompt(ids, torch.cat(tiles) if tiles else None)
@@ -1167,43 +1224,53 @@ class Encoder:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def check(self, row, form):
-        """Prompt length in tokens. Reads the media, so a broken file is found before training."""
-        if form == "pixels" and N_MEDIA[row["task"]] and not row["media"]:
+        """-> prompt length in tokens. Reads the media, so a broken file is found before training.
+        Raises BadRow."""
+        if row["task"] != "text" and form == "pixels" and not row["media"]:
             raise BadRow("has no media; use the caption form")
-        if form == "caption" and N_MEDIA[row["task"]] and not row["captions"]:
+        if row["task"] != "text" and form == "caption" and not row["captions"]:
             raise BadRow("has no captions; the caption form needs one for each medium")
         return len(self(row, form).ids)
 
 
 def left_pad(prompts, pad_id, device):
     """B prompts -> ids [B, P], mask [B, P] (1 = real), pixels [tiles, 3, H, W] or None."""
-    width = max(len(p.ids) for p in prompts)
-    pad = lambda x, fill: [fill] * (width - len(x)) + x
-    ids = torch.tensor([pad(p.ids, pad_id) for p in prompts], device=device)
-    mask = torch.tensor([pad([1] * len(p.ids), 0) for p in prompts], device=device)
-    pixels = [p.pixels for p in prompts if p.pixels is not None]
-    return ids, mask, torch.cat(pixels).to(device) if pixels else None
+    width = max(len(prompt.ids) for prompt in prompts)
+    ids, mask, pixels = [], [], []
+    for prompt in prompts:
+        padding = width - len(prompt.ids)
+        ids.append([pad_id] * padding + prompt.ids)
+        mask.append([0] * padding + [1] * len(prompt.ids))
+        if prompt.pixels is not None:
+            pixels.append(prompt.pixels)
+    return (torch.tensor(ids, device=device), torch.tensor(mask, device=device),
+            torch.cat(pixels).to(device) if pixels else None)
 
 
 # ==================================================================================================
 # 5. Models and checkpoints. A checkpoint is a folder plain transformers loads, plus stage.json.
 
-def load(folder, device="cpu", made_by="python tests/toy_world.py", **encoder_args):
+def load(folder, device="cpu", made_by="toy/backbone", **encoder_args):
     """-> model (fp32 weights, eval mode) and its Encoder. Takes InternVLForConditionalGeneration
     or a text-only causal LM (stages 0 and 1), as a folder of plain save_pretrained or a hub id.
+    `made_by`: the folder that a script of this name makes by default, for the message if none is
+    there.
 
     fp32 on purpose: a learning rate of 1e-6 on bf16 weights rounds away (the default dtype of
     transformers 5 is the file's, usually bf16). On a GPU, autocast computes in bf16.
     """
     folder = str(folder)
+    script = f"python {Path(made_by).name}.py"
+    if made_by == "toy/backbone":
+        script = "python tests/toy_world.py"
     local = Path(folder).exists() or folder.startswith((".", "/")) or folder.count("/") != 1
     if local and not Path(folder, "config.json").is_file():
-        raise SystemExit(f"{folder}: no checkpoint here (no config.json). `{made_by}` makes it.")
+        raise SystemExit(f"{folder}: no checkpoint here (no config.json). `{script}` makes it.")
     try:
         config = AutoConfig.from_pretrained(folder)
-        sees = getattr(config, "vision_config", None) is not None
-        auto = (transformers.AutoModelForImageTextToText if sees
-                else transformers.AutoModelForCausalLM)
+        auto = transformers.AutoModelForCausalLM
+        if getattr(config, "vision_config", None) is not None:
+            auto = transformers.AutoModelForImageTextToText
         encoder = Encoder(folder, config, **encoder_args)
         model, found = auto.from_pretrained(folder, dtype=torch.float32,
                                             attn_implementation="sdpa", output_loading_info=True)
@@ -1213,10 +1280,11 @@ def load(folder, device="cpu", made_by="python tests/toy_world.py", **encoder_ar
         if len(encoder.answer_ids("A")) < 2:
             raise ValueError("the tokenizer is empty")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+        reason = (str(e).strip() or "?").splitlines()[0]
         raise SystemExit(f"{folder}: cannot be loaded as a checkpoint ({type(e).__name__}: "
-                         f"{(str(e).strip() or '?').splitlines()[0]}). It must hold model, "
-                         "tokenizer and, for a vision model, image processor, as save_pretrained "
-                         f"writes them; `{made_by}` makes one.")
+                         f"{reason}). It must hold model, tokenizer and, for a vision model, "
+                         "image processor, as save_pretrained writes them; "
+                         f"`{script}` makes one.") from e
     return model.to(device).eval(), encoder
 
 
@@ -1237,22 +1305,22 @@ class RoomyLayer(DynamicLayer):
 
     @staticmethod
     def extend(old, new):
-        (n, heads, so_far, dim), end = old.shape, old.shape[2] + new.shape[2]
+        (n, heads, length, dim), end = old.shape, old.shape[2] + new.shape[2]
         if end > old.stride(1) // old.stride(2):  # one head's share of the memory: is it full?
             roomy = new.new_empty(n, heads, end + 64, dim)
-            roomy[:, :, :so_far] = old
+            roomy[:, :, :length] = old
             old = roomy
-        whole = old.as_strided((n, heads, end, dim), old.stride())
-        whole[:, :, so_far:] = new
-        return whole
+        extended = old.as_strided((n, heads, end, dim), old.stride())
+        extended[:, :, length:] = new
+        return extended
 
 
 def freeze_vision(model):
     """Freeze vision tower and projector (MSRL 4.1: text-only training). A text model has none."""
     for name in ("vision_tower", "multi_modal_projector"):
-        for part in (getattr(getattr(model, "model", model), name, None),):
-            if part is not None:
-                part.requires_grad_(False)
+        part = getattr(getattr(model, "model", model), name, None)
+        if part is not None:
+            part.requires_grad_(False)
 
 
 def autocast(device):
@@ -1269,10 +1337,10 @@ def save_checkpoint(folder, model, encoder, **info):
     encoder.tokenizer.save_pretrained(part)
     if encoder.image_processor is not None:
         encoder.image_processor.save_pretrained(part)
-    versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers")}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     (part / "stage.json").write_text(json.dumps({**info, "versions": versions}, indent=2) + "\n")
     (folder / "stage.json").unlink(missing_ok=True)
-    for path in sorted(part.iterdir(), key=lambda p: p.name == "stage.json"):
+    for path in sorted(part.iterdir(), key=lambda path: path.name == "stage.json"):
         os.replace(path, folder / path.name)
     part.rmdir()
 
@@ -1291,30 +1359,53 @@ def trained_style(folder):
 # ==================================================================================================
 # 6. Judging
 
-def judge(model, encoder, rows, sample, form="pixels", votes=1, temperature=1.0, max_new_tokens=512,
-          batch_size=32, seed=0, orders=("AB", "BA"), desc="judging"):
-    """Judge every row in both orders -> prediction rows {"id", "row", "order", "sample", "pred",
-    "text"}, with `pred` in the row's own frame. votes = 1 decodes greedily; more are sampled at
-    `temperature` and share their prompt's forward. `sample` is the stages' sample_group()."""
+def judge(model, encoder, rows, sample, form="pixels", votes=1, temperature=1.0,
+          max_new_tokens=512, batch_size=32, seed=0, orders=("AB", "BA"), desc="judging",
+          first_batch=0, scores=False) -> list[Prediction]:
+    """Judge every row in both orders -> predictions, sorted by row, order and sample.
+
+    votes = 1 decodes greedily; more are sampled at `temperature` and share their prompt's forward.
+    `sample` is the stages' sample_group() or stage 0's generate_greedily(). Each batch has a seed
+    of its own; first_batch is the number of the first. With `scores`, score_a and score_b are the
+    probability p that the model gave to its verdict when it wrote it, and 1 - p for the other side.
+    """
     device = next(model.parameters()).device
-    todo = [(i, o) for i in range(len(rows)) for o in orders]
-    todo.sort(key=lambda x: rows[x[0]]["tokens"])  # alike lengths together: less padding
-    batches = [todo[k:k + batch_size] for k in range(0, len(todo), batch_size)]
-    preds = []
+    jobs = [(at, order) for at in range(len(rows)) for order in orders]
+    jobs.sort(key=lambda job: rows[job[0]]["tokens"])  # alike lengths together: less padding
+    batches = [jobs[k:k + batch_size] for k in range(0, len(jobs), batch_size)]
+    predictions = []
     for k in tqdm(range(rank(), len(batches), world()), desc=desc, disable=rank() > 0, leave=False,
                   mininterval=1):
-        shown = [rows[i] if o == "AB" else swap(rows[i]) for i, o in batches[k]]
-        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + k)
-        answers = sample(model, encoder, [encoder(r, form) for r in shown], votes,
-                         temperature if votes > 1 else 0.0, max_new_tokens, generator).ids
-        for n, ids in enumerate(answers):
-            i, order = batches[k][n // votes]
-            text = as_ab(encoder.decode(ids), encoder.style)
-            verdict = parse(text).verdict
-            pred = verdict and ("AB" if order == "AB" else "BA")["AB".index(verdict)]
-            preds.append({"id": rows[i]["id"], "row": i, "order": order, "sample": n % votes,
-                          "pred": pred, "text": text})
-    return sorted(gather_list(preds), key=lambda p: (p["row"], p["order"], p["sample"]))
+        prompts = []
+        for at, order in batches[k]:
+            row = rows[at] if order == "AB" else swap(rows[at])
+            prompts.append(encoder(row, form))
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + first_batch + k)
+        rollout = sample(model, encoder, prompts, votes, temperature if votes > 1 else 0.0,
+                         max_new_tokens, generator)
+        for b, (at, order) in enumerate(batches[k]):
+            for n, ids in enumerate(rollout.ids[b]):
+                text = as_ab(encoder.decode(ids), encoder.style)
+                side = parse(text).verdict  # as shown
+                pred = OTHER[side] if side and order == "BA" else side
+                prediction = {"id": rows[at]["id"], "at": at, "order": order, "sample": n,
+                              "pred": pred, "text": text}
+                if scores and pred:
+                    p = verdict_probability(text, ids, rollout.logp[b][n], encoder)
+                    prediction["score_a"], prediction["score_b"] = p, 1 - p
+                    if pred == "B":
+                        prediction["score_a"], prediction["score_b"] = 1 - p, p
+                predictions.append(prediction)
+    return sorted(gather_list(predictions), key=lambda p: (p["at"], p["order"], p["sample"]))
+
+
+def verdict_probability(text, ids, logps, encoder):
+    """The probability of the token with the verdict, from the log-probs of the answer's tokens."""
+    verdict_from = re.search(r"<answer>\s*", text).end()
+    token = len(ids) - 1
+    while len(encoder.decode(ids[:token])) > verdict_from:
+        token -= 1
+    return math.exp(logps[token])
 
 
 def captioned(cfg, sample, device, max_new_tokens=300, batch_size=16):
@@ -1323,78 +1414,183 @@ def captioned(cfg, sample, device, max_new_tokens=300, batch_size=16):
     is done stays in captions.jsonl, so a killed run goes on."""
     model, encoder = load(cfg.captioner, device)
     rows = load_rows(cfg.data, encoder, "pixels", None, cfg.skip_bad_rows, cfg.exclude)
-    todo = {m: r["task"] for r in rows if not r["captions"] for m in r["media"]}
-    todo = [{"task": task, "media": m, "file": stamps(m)} for m, task in todo.items()]
+    to_describe = {}  # medium -> what tells it from others, without repetition
+    for row in rows:
+        if not row["captions"]:
+            for medium in row["media"]:
+                to_describe[medium] = {"task": row["task"], "media": medium, "file": stamps(medium)}
 
-    def describe(some):
-        mine, said = some[rank()::world()], []
+    def describe(batch, at):
+        mine = batch[rank()::world()]
+        prompts, captions = [], []
+        for item in mine:
+            video = item["task"].startswith("video")
+            question = f"<{'video' if video else 'image'}> {cfg.caption_prompt}"
+            prompts.append(encoder.encode(question, [item["media"]], video))
         if mine:
-            asked = [(c["media"], c["task"].startswith("video")) for c in mine]
-            prompts = [encoder.encode(f"<{'video' if video else 'image'}> {cfg.caption_prompt}",
-                                      [m], video) for m, video in asked]
-            ids = sample(model, encoder, prompts, 1, 0.0, max_new_tokens, None).ids
-            # what looks like a tag would make the row a bad one
-            said = [(c["media"], re.sub(r"<[^<>]*>|[<>]", "", encoder.decode(i)).strip()
-                     or "nothing to be seen") for c, i in zip(mine, ids)]
-        found = dict(gather_list(said))
-        return [found[c["media"]] for c in some]
-    texts = resumed(Path(cfg.out, "captions.jsonl"), {
-        "captioner": [cfg.captioner, stamps(cfg.captioner)], "prompt": cfg.caption_prompt}, todo,
-        describe, batch_size * world(), "captions")
-    known = dict(zip((c["media"] for c in todo), texts))
-    out = Path(cfg.out, "captioned.jsonl")  # always made anew: the rows of the data as it is now
+            rollout = sample(model, encoder, prompts, 1, 0.0, max_new_tokens, None)
+            for item, (ids,) in zip(mine, rollout.ids, strict=True):
+                # what looks like a tag would make the row a bad one
+                caption = re.sub(r"<[^<>]*>|[<>]", "", encoder.decode(ids)).strip()
+                captions.append((item["media"], caption or "nothing to be seen"))
+        found = dict(gather_list(captions))
+        return [found[item["media"]] for item in batch]
+    made_by = {"captioner": [cfg.captioner, stamps(cfg.captioner)], "prompt": cfg.caption_prompt}
+    captions = resumed(Path(cfg.out, "captions.jsonl"), made_by, list(to_describe.values()),
+                       describe, batch_size * world(), "captions")
+    caption_of = dict(zip(to_describe, captions, strict=True))
+    path = Path(cfg.out, "captioned.jsonl")  # always made anew: the rows of the data as it is now
+    for row in rows:
+        row["captions"] = row["captions"] or [caption_of[medium] for medium in row["media"]]
+        row["media"] = [os.path.abspath(medium) for medium in row["media"]]
     if rank() == 0:
-        write_lines(out, [{**r, "captions": r["captions"] or [known[m] for m in r["media"]],
-                           "media": [os.path.abspath(m) for m in r["media"]]} for r in rows])
+        write_lines(path, rows)
     gather_list([])  # nobody reads it before it is there
-    return str(out)
+    return str(path)
 
 
-def summarize(rows, preds):
-    """Prediction rows -> accuracy and its companions, as shares of 1.
+def by_row(rows, predictions):
+    """-> for each row {order: its predictions}, {} where it has none."""
+    judged = [{} for _ in rows]
+    for prediction in predictions:
+        judged[prediction["at"]].setdefault(prediction["order"], []).append(prediction)
+    return judged
 
-    A row counts the mean over its orders; with several votes the majority of an order's votes is
-    its verdict, and a tied vote counts one half (UNSPECIFIED). An unparsable verdict is wrong. The
-    interval is Wilson's at 95 % over rows, not over judgements: two orders of one row are no two
-    independent rows.
+
+def majority(votes):
+    """-> the verdicts that most votes name: two in a tied vote, none if no vote has a verdict."""
+    counts = Counter(vote for vote in votes if vote is not None)
+    return [verdict for verdict, n in counts.items() if n == max(counts.values())]
+
+
+def points(label, votes):
+    """What the votes of one order earn: 1 if their majority is the label, 0 if it is not (or none
+    has a verdict), one half if the vote is tied (UNSPECIFIED)."""
+    named = majority(votes)
+    return (label in named) / max(1, len(named))
+
+
+def row_points(label, orders, points=points):
+    """What a row earns: the mean over its orders. 0 without a prediction."""
+    earned = [points(label, [p["pred"] for p in votes]) for votes in orders.values()]
+    return sum(earned) / max(1, len(earned))
+
+
+def habits(judged, style="msrl"):
+    """How a judge answers, whatever is right: by_row() -> shares of 1."""
+    predictions, flips, named_twice = [], 0, 0
+    for orders in judged:
+        named = []
+        for votes in orders.values():
+            predictions += votes
+            most = majority([p["pred"] for p in votes])
+            if len(most) == 1:
+                named.append(most[0])
+        if len(named) == 2:
+            named_twice += 1
+            flips += named[0] != named[1]
+    verdicts = [p for p in predictions if p["pred"] in ("A", "B")]
+    shown_as_a = sum((p["pred"] == "A") == (p["order"] == "AB") for p in verdicts)
+    silent = sum(p["pred"] is None and p.get("score_a") is None for p in predictions)
+    formed = sum(parse(str(p.get("text") or ""), style).well_formed for p in predictions)
+    return {"order_flips": flips / max(1, named_twice),
+            "share_a": shown_as_a / max(1, len(verdicts)),
+            "unparsable": silent / max(1, len(predictions)),
+            "format": formed / max(1, len(predictions))}
+
+
+def summarize(rows, predictions):
+    """Predictions -> accuracy and its companions, as shares of 1, of the rows that have any.
+
+    A row counts the mean over its orders. An unparsable verdict is wrong. The interval is Wilson's
+    at 95 % over rows, not over judgements: two orders of one row are no two independent rows.
     """
-    by_row = {}
-    for p in preds:
-        by_row.setdefault(p["row"], {}).setdefault(p["order"], []).append(p["pred"])
-    points, flips, both = [], 0, 0
-    for i, orders in by_row.items():
-        label, wrong = rows[i]["label"], "B" if rows[i]["label"] == "A" else "A"
-        votes = [(v.count(label), v.count(wrong)) for v in orders.values()]
-        points.append(sum((r > w) + 0.5 * (r == w > 0) for r, w in votes) / len(votes))
-        sides = [r > w for r, w in votes if r != w]
-        both += len(sides) == 2
-        flips += len(sides) == 2 and sides[0] != sides[1]
-    n, p = len(points), sum(points) / len(points)
-    verdicts = [x for x in preds if x["pred"] is not None]
-    shown_a = sum((x["pred"] == "A") == (x["order"] == "AB") for x in verdicts)
-    return {"accuracy": p, "interval": wilson(p, n), "n": n,
-            "order_flips": flips / both if both else 0.0,
-            "share_a": shown_a / len(verdicts) if verdicts else 0.0,
-            "unparsable": 1 - len(verdicts) / len(preds),
-            "format": sum(parse(x["text"]).well_formed for x in preds) / len(preds)}
+    judged = by_row(rows, predictions)
+    earned = []
+    for row, orders in zip(rows, judged, strict=True):
+        if orders:
+            earned.append(row_points(row["label"], orders))
+    accuracy, n = sum(earned) / len(earned), len(earned)
+    return {"accuracy": accuracy, "interval": wilson(accuracy, n), "n": n, **habits(judged)}
 
 
 def wilson(p, n, z=1.96):
     """The interval of all true rates that p of n is within z standard errors of."""
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     total = 1 + z * z / n
     return [max(0.0, (middle - half) / total), min(1.0, (middle + half) / total)]
 
 
-def show(name, s):
-    low, high = s["interval"]
-    return (f"{name}: accuracy {s['accuracy']:.1%} [{low:.1%}, {high:.1%}] on {s['n']} rows x 2 "
-            f"orders, flips with the order {s['order_flips']:.1%}, says A {s['share_a']:.1%}, "
-            f"unparsable {s['unparsable']:.1%}, well-formed {s['format']:.1%}")
+def show(name, summary):
+    low, high = summary["interval"]
+    return (f"{name}: accuracy {summary['accuracy']:.1%} [{low:.1%}, {high:.1%}] on "
+            f"{summary['n']} rows, flips with the order {summary['order_flips']:.1%}, says A "
+            f"{summary['share_a']:.1%}, unparsable {summary['unparsable']:.1%}, well-formed "
+            f"{summary['format']:.1%}")
+
+
+def evaluate(model, encoder, rows, cfg, when, form, sample):
+    """Greedy verdicts on held-out rows in both orders. -> summarize() of all rows, and "tasks":
+    the accuracy by task."""
+    predictions = judge(model, encoder, rows, sample, form, batch_size=cfg.eval_batch,
+                        max_new_tokens=cfg.max_new_tokens, desc=f"held-out, {when}")
+    summary, tasks = summarize(rows, predictions), {}
+    for task in TASKS:
+        of_task = [p for p in predictions if rows[p["at"]]["task"] == task]
+        if of_task:
+            tasks[task] = summarize(rows, of_task)["accuracy"]
+    if rank() == 0:
+        by_task = ", ".join(f"{task} {accuracy:.1%}" for task, accuracy in tasks.items())
+        tqdm.write(f"{show(f'held-out, {when}', summary)}; {by_task}")
+    return {**summary, "tasks": tasks}
 
 
 # ==================================================================================================
-# 7. Runs: processes, run folder, data order, resume
+# 7. Runs: command line, processes, optimiser step, data order, run folder, resume
+
+def knob(default, help, **more):
+    """A field of a script's Config, and so a flag of its command line. `more`: metavar, nargs..."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": help, **more})
+    return field(default=default, metadata={"help": help, **more})
+
+
+AT_LEAST_1 = ("batch_size", "micro_batch", "rollout_batch", "save_every", "max_new_tokens",
+              "epochs", "samples", "frames", "max_tiles", "eval_batch", "eval_rows")
+
+
+def parse_config(cls, description, paper=None):
+    """Command line -> config. `--preset paper` takes the paper's defaults; flags still win. What a
+    script itself refuses is said by its Config's check(), which raises ValueError."""
+    parser = transformers.HfArgumentParser(cls, description=description, allow_abbrev=False,
+                                           formatter_class=_Help)
+    if paper is not None:
+        parser.add_argument("--preset", choices=["toy", "paper"], default="toy",
+                            help="'paper' takes the paper's data and hyper-parameters")
+        if parser.parse_known_args()[0].preset == "paper":
+            parser.set_defaults(**paper)
+    cfg, *_, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)} (see --help)")
+    for name in AT_LEAST_1:
+        if getattr(cfg, name, 1) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if hasattr(cfg, "check"):
+        try:
+            cfg.check()
+        except ValueError as e:
+            parser.error(str(e))
+    return cfg
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+# Processes. accelerate starts and ends the group and carries objects from one to another. It does
+# not carry the gradients: its wrapper expects every process to use every parameter, and a batch
+# without an image uses no vision tower.
 
 def rank():
     return int(os.environ.get("RANK", 0))
@@ -1404,28 +1600,37 @@ def world():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+# How long a process waits for another one. What one may do alone is to write a checkpoint or to
+# decode a batch of long answers; a process that died is noticed after this time at the latest.
+TIMEOUT = timedelta(hours=1)
+
+
 def start_processes(batch_size=0):
     """Join the process group if torchrun started us. -> the device of this process."""
     if batch_size % world():
         raise SystemExit(f"--batch_size {batch_size} does not divide among {world()} processes")
-    cuda = torch.cuda.is_available()
-    device = torch.device("cpu")
-    if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if world() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return device
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT).device
+
+
+def end_processes():
+    if world() > 1:
+        PartialState().wait_for_everyone()
+        PartialState().destroy_process_group()
+
+
+def gather_list(items):
+    """The lists of all processes, one after another in rank order."""
+    return gather_object(items) if world() > 1 else items
+
+
+def gather(values):
+    """[B, ...] of this process -> [B_all, ...] of all, in rank order."""
+    return torch.cat(gather_list([values]))
 
 
 def sum_over_ranks(*values):
     """Each number summed over all processes."""
-    if world() == 1:
-        return values
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
+    return [sum(of_ranks) for of_ranks in zip(*gather_list([values]), strict=True)]
 
 
 def sum_gradients(parameters):
@@ -1434,32 +1639,71 @@ def sum_gradients(parameters):
     if world() == 1:
         return
     bucket, size = [], 0
-    parameters = list(parameters)
-    for i, p in enumerate(parameters):
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        bucket.append(p.grad)
-        size += p.numel()
+    for i, parameter in enumerate(parameters):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        bucket.append(parameter.grad)
+        size += parameter.numel()
         if size > 25_000_000 or i == len(parameters) - 1:
-            flat = torch.cat([g.flatten() for g in bucket])
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
             dist.all_reduce(flat)
-            for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
-                g.copy_(part.view_as(g))
+            sizes = [gradient.numel() for gradient in bucket]
+            for gradient, total in zip(bucket, flat.split(sizes), strict=True):
+                gradient.copy_(total.view_as(gradient))
             bucket, size = [], 0
 
+
+# The optimiser: the same in every script that trains.
+
+def trainable(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def make_optimizer(model, lr):
+    return torch.optim.AdamW(trainable(model), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def optimizer_step(optimizer, parameters, max_grad_norm):
+    """Sum the gradients over processes, clip their norm, take a step. -> the norm before the clip.
+    A gradient that is no number would ruin every weight for good: the run stops instead."""
+    sum_gradients(parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+    if not math.isfinite(norm):  # the same number on every process, so all stop together
+        raise SystemExit(f"the gradient became {norm}; no step was taken. Go on from the last "
+                         "saved state with a smaller --lr; see metrics.jsonl.")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def progress(start, stop, desc):
+    """The steps still to do, with a bar that shows an ETA."""
+    return tqdm(range(start, stop), initial=start, total=stop, desc=desc, disable=rank() > 0,
+                mininterval=2)
+
+
+def peak_memory_gb():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource  # here, because Windows has none
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+# The order of the data.
 
 def batch_of(rows, step, batch_size, seed, may_swap=lambda row: True):
     """The rows of step 0, 1, 2...: epoch after epoch, each in its own shuffled order, and in each
     epoch each row for which may_swap(row) shows its candidates in an order that is a coin of
     (seed, epoch, id). Depends on nothing but its arguments, so a resumed run sees what an unbroken
     one would."""
-    out = []
+    batch = []
     for k in range(step * batch_size, (step + 1) * batch_size):
-        epoch, at = divmod(k, len(rows))
-        order = _permutation(len(rows), seed, epoch)
-        row = rows[order[at]]
-        out.append(swap(row) if coin(seed, epoch, row["id"]) and may_swap(row) else row)
-    return out
+        epoch, place = divmod(k, len(rows))
+        row = rows[_permutation(len(rows), seed, epoch)[place]]
+        if may_swap(row) and coin(seed, epoch, row["id"]):
+            row = swap(row)
+        batch.append(row)
+    return batch
 
 
 @lru_cache(maxsize=4)
@@ -1467,6 +1711,12 @@ def _permutation(n, seed, epoch):
     order = list(range(n))
     random.Random(f"{seed}:{epoch}").shuffle(order)
     return order
+
+
+# The run folder. Whenever a run is killed, the same command goes on from what is there.
+
+MAY_CHANGE = ("out", "max_steps", "save_every", "eval_every", "eval_rows", "eval_batch",
+              "micro_batch", "log_rollouts_every", "skip_bad_rows")
 
 
 def open_run(folder, config):
@@ -1480,78 +1730,119 @@ def open_run(folder, config):
         (folder / ".writable").unlink(missing_ok=True)
     except OSError as e:
         raise SystemExit(f"{folder}: cannot write the run folder ({e.strerror}); choose another "
-                         "--out.")
+                         "--out.") from None
     state_file = folder / "state.pt"
     if not state_file.exists():
-        if rank() == 0:  # killed before its first save: its log begins anew as well
-            for name in ("metrics.jsonl", "rollouts.jsonl"):
-                _drop_lines_after(folder / name, 0)
+        _drop_log_after(folder, 0)  # killed before its first save: its log begins anew as well
         return None
     try:
         state = torch.load(state_file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise SystemExit(f"{state_file}: is no saved state ({type(e).__name__}); delete it.")
-    now = {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE}
-    was = {k: v for k, v in state["config"].items() if k not in MAY_CHANGE}
-    changed = [f"{k} {was.get(k)!r} -> {v!r}" for k, v in now.items() if was.get(k) != v]
+        raise SystemExit(f"{state_file}: is no saved state ({type(e).__name__}); delete it."
+                         ) from None
+    changed = differences(state["config"], asdict(config), MAY_CHANGE)
     if changed:
-        raise SystemExit(f"{state_file} belongs to a run with other settings "
-                         f"({'; '.join(changed)}). Take another --out, or delete the folder.")
+        raise SystemExit(f"{state_file} belongs to a run with other settings ({changed}). Take "
+                         "another --out, or delete the folder.")
     if rank() == 0:
         print(f"resuming {folder} after step {state['step']}")
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            _drop_lines_after(folder / name, state["step"])
+    _drop_log_after(folder, state["step"])
     return state
 
 
-MAY_CHANGE = ("out", "max_steps", "save_every", "eval_every", "eval_rows", "eval_batch",
-              "micro_batch", "log_rollouts_every", "skip_bad_rows")
+def differences(before, now, but=()):
+    """Two dicts of settings -> "lr 0.1 -> 0.2; ...", '' if they are the same."""
+    changed = [f"{name} {before.get(name)!r} -> {value!r}" for name, value in now.items()
+               if name not in but and before.get(name) != value]
+    return "; ".join(changed)
 
 
-def whole_lines(path):
-    """The objects of a .jsonl that a killed process may have left with a line cut in the middle."""
-    out = []
-    for line in Path(path).read_bytes().split(b"\n") if Path(path).exists() else []:
-        try:
-            out.append(json.loads(line))
-        except ValueError:  # also of a character cut in the middle, and of the empty last line
-            break
-    return out
+def _drop_log_after(folder, step):
+    """A killed run may have logged steps it had not saved; they will be done and logged again."""
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        if rank() == 0 and (folder / name).exists():
+            logged = whole_lines(folder / name)
+            write_lines(folder / name, [line for line in logged if line["step"] <= step])
 
 
-def mark_of(made_by, rows):
-    """What tells answers to these rows, asked in this way, from others. Labels have no part."""
-    content = [[r.get(k) for k in ("id", "task", "prompt", "responses", "media", "captions", "file",
-                                   "reference")] for r in rows]
-    return [json.dumps(made_by), zlib.crc32(json.dumps(content).encode())]
+def save_state(folder, model, optimizer, step, config, **kept):
+    """Write to a side file, flush it to disk, then rename: whenever we are killed, state.pt is a
+    whole state, the new one or the one before. `kept`: what else resume() is to give back."""
+    part = Path(folder, "state.pt.tmp")
+    with open(part, "wb") as f:
+        torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                    "config": asdict(config), **kept}, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, Path(folder, "state.pt"))
+
+
+def resume(state, model, optimizer):
+    """Load what open_run() found. -> the steps that are done, and what else was kept, as a dict."""
+    if state is None:
+        return 0, {}
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    known = ("step", "model", "optimizer", "config")
+    return state["step"], {name: value for name, value in state.items() if name not in known}
 
 
 def resumed(path, made_by, rows, work, chunk=256, desc=None):
-    """work(some rows) -> one JSON value a row. What is done stays in `path`, so a killed run goes
-    on there; what was made in another way, or of other rows, is refused. -> the values of all."""
-    mark = mark_of(made_by, rows)
-    was, *done = whole_lines(path) or [mark]
-    if was != mark:
-        raise SystemExit(f"{path} was made by {was[0]}, or of other rows. Delete it, or take "
-                         "another --out.")
+    """One JSON value for each row, made `chunk` rows at a time: work(rows[at:at + chunk], at) is
+    the list of theirs. What is done stays in `path`, so a killed run goes on there; it goes on at a
+    whole chunk, so work() may seed itself with `at`. A file that was made with other settings
+    (`made_by`, a dict) or of other rows is refused. -> the values of all rows."""
+    mark = json.loads(json.dumps({"made_by": made_by, "rows": _checksum(rows)}))
+    found = whole_lines(path)
+    if found and found[0] != mark:
+        before = found[0].get("made_by", {}) if isinstance(found[0], dict) else {}
+        changed = differences(before, mark["made_by"]) or "the rows"
+        raise SystemExit(f"{path} was made with other settings or of other rows ({changed}). "
+                         "Delete it, or take another --out.")
+    done = found[1:]
+    if len(done) < len(rows):
+        done = done[:len(done) // chunk * chunk]
     if rank() == 0:
         write_lines(path, [mark, *done])
     for at in tqdm(range(len(done), len(rows), chunk), desc=desc, unit="batch", mininterval=1,
                    disable=desc is None or rank() > 0):
-        some = work(rows[at:at + chunk])
-        done += some
+        values = work(rows[at:at + chunk], at)
+        done += values
         if rank() == 0:
-            for value in some:
-                append(path, value)
+            append(path, *values)
     gather_list([])  # nobody reads this file again before it is whole
     return done
 
 
+def _checksum(rows):
+    """Tells rows from others by what a model is shown of them. Labels have no part in it."""
+    keys = ("id", "task", "prompt", "responses", "media", "captions", "file", "reference")
+    content = [[row.get(key) for key in keys] for row in rows]
+    return zlib.crc32(json.dumps(content).encode())
+
+
 def stamps(*paths):
-    """What tells a file, or the checkpoint in a folder, from a newer one of the same name."""
-    files = [f for p in paths for f in (
-        Path(p), Path(p, "stage.json"), Path(p, "model.safetensors"))]
-    return [[str(f), f.stat().st_size, f.stat().st_mtime] for f in files if f.is_file()]
+    """Size and time of files, or of the checkpoints in folders, so that a newer one of the same
+    name is told from them."""
+    found = []
+    for path in paths:
+        for file in (Path(path), Path(path, "stage.json"), Path(path, "model.safetensors")):
+            if file.is_file():
+                found.append([str(file), file.stat().st_size, file.stat().st_mtime])
+    return found
+
+
+def whole_lines(path):
+    """The objects of a .jsonl that a killed process may have left with a line cut in the middle.
+    [] if there is no such file."""
+    objects = []
+    if Path(path).exists():
+        for line in Path(path).read_bytes().split(b"\n"):
+            try:
+                objects.append(json.loads(line))
+            except ValueError:  # also of a character cut in the middle, and of the empty last line
+                break
+    return objects
 
 
 def write_lines(path, rows):
@@ -1561,79 +1852,7 @@ def write_lines(path, rows):
     os.replace(part, path)
 
 
-def _drop_lines_after(path, step):
-    """A killed run may have logged steps it had not saved; they will be done and logged again."""
-    if path.exists():
-        write_lines(path, [row for row in whole_lines(path) if row["step"] <= step])
-
-
-def save_state(folder, model, optimizer, step, config, **more):
-    """Write to a side file, flush it to disk, then rename: whenever we are killed, state.pt is a
-    whole state, the new one or the one before."""
-    part = Path(folder, "state.pt.tmp")
-    with open(part, "wb") as f:
-        torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "config": asdict(config), **more}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, Path(folder, "state.pt"))
-
-
-def append(path, row):
+def append(path, *rows):
     with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def peak_memory_gb():
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
-def gather(x):
-    """[B, ...] of this process -> [B_all, ...] of all, in rank order."""
-    return torch.cat(gather_list([x]))
-
-
-def gather_list(items):
-    """The lists of all processes, one after another in rank order."""
-    if world() == 1:
-        return items
-    parts = [None] * world()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
-
-
-def end_processes():
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def parse_config(cls, description, paper):
-    """Command line -> config. `--preset paper` takes the paper's defaults; flags still win."""
-    parser = transformers.HfArgumentParser(cls, description=description, allow_abbrev=False,
-                                           formatter_class=_Help)
-    parser.add_argument("--preset", choices=["toy", "paper"], default="toy",
-                        help="'paper' takes the paper's data and hyper-parameters")
-    if parser.parse_known_args()[0].preset == "paper":
-        parser.set_defaults(**paper)
-    cfg, *_, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown: {' '.join(unknown)} (see --help)")
-    for name in ("batch_size", "micro_batch", "rollout_batch", "save_every", "max_new_tokens",
-                 "epochs", "samples", "frames", "max_tiles", "eval_batch", "eval_rows"):
-        if getattr(cfg, name, 1) < 1:
-            parser.error(f"--{name} must be at least 1")
-    if getattr(cfg, "group_size", 2) < 2:
-        parser.error("--group_size must be at least 2: an answer alone has no advantage")
-    if not re.fullmatch(r"[1-9]\d*:\d+", getattr(cfg, "replay_ratio", "1:0")):
-        parser.error("--replay_ratio is captions:text, as 5:1 or 1:0")
-    if 0 < getattr(cfg, "pre_clip", 0) <= 1:
-        parser.error("--pre_clip must be above 1, or 0 for off")
-    return cfg
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+        for row in rows:
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -10,44 +10,52 @@ The loss is the mean negative log-likelihood of the answer's tokens, its end-of-
 included and the prompt's tokens not.
 """
 
-import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
-from stage1_text_grpo import evaluate, knob
+from common import knob
+
+STAGE = Path(__file__).stem
 
 
 @dataclass
 class Config:
-    model: str = knob("toy/backbone", "checkpoint to start from")
+    # the first five to turn
+    target: Literal["rationale", "label"] = knob(
+        "rationale", "'rationale', or 'label': Eq. 2, the generative baseline")
+    lr: float = knob(2e-4, "AdamW, warm-up over 3 %% of the steps, then constant (paper: 1e-5)")
+    epochs: int = knob(3, "passes over the rows (paper: 3; 1 for the label baseline)")
+    batch_size: int = knob(32, "rows per optimiser step, over all processes (paper: 128)")
     data: str = knob("toy/sft.jsonl", "preference rows with rationales, or HelpSteer3 (paper: 40k)")
+
+    # data
+    model: str = knob("toy/backbone", "checkpoint to start from")
     heldout: str = knob("toy/heldout_text.jsonl", "rows judged before and after; '' for none")
     out: str = knob("runs/stage0_sft", "run folder; the same command resumes it")
     seed: int = knob(0, "of the order of rows and of sides")
-    target: Literal["rationale", "label"] = knob(
-        "rationale", "'rationale', or 'label': Eq. 2, the generative baseline")
     style: Literal["msrl", "r1"] = knob("msrl", "prompt and answer: 'msrl' (A/B, Figures 4-7) or "
                                         "'r1' (1/2, R1-Reward's Table 1; no generation rows)")
     form: Literal["pixels", "caption"] = knob("pixels", "'caption': captions in place of media")
-    freeze_vision: bool = knob(True, "freeze vision tower and projector (paper: yes, text only)")
-    epochs: int = knob(3, "passes over the rows (paper: 3; 1 for the label baseline)")
-    batch_size: int = knob(32, "rows an optimiser step, over all processes (paper: 128)")
-    micro_batch: int = knob(32, "rows a forward; changes memory, not the gradient")
-    lr: float = knob(2e-4, "AdamW, warm-up over 3 %% of the steps, then constant (paper: 1e-5)")
-    max_grad_norm: float = knob(1.0, "gradient norm clip")
     max_prompt_tokens: int = knob(2048, "longer prompts are skipped and counted, never cut")
-    max_new_tokens: int = knob(112, "of the held-out answers")
+    skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
+
+    # optimiser
+    micro_batch: int = knob(32, "rows per forward; changes memory, not the gradient")
+    max_grad_norm: float = knob(1.0, "gradient norm clip")
+    freeze_vision: bool = knob(True, "freeze vision tower and projector (paper: yes, text only)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
+
+    # looks at the held-out rows, and saved states
+    max_new_tokens: int = knob(112, "of the held-out answers")
     eval_batch: int = knob(128, "judgements decoded together")
     save_every: int = knob(100, "steps between saved states")
-    skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
 
 
 PAPER = dict(model="OpenGVLab/InternVL3_5-8B-HF", data="nvidia/HelpSteer3", heldout="", lr=1e-5,
@@ -57,24 +65,27 @@ PAPER = dict(model="OpenGVLab/InternVL3_5-8B-HF", data="nvidia/HelpSteer3", held
 
 def target_text(row, target, style="msrl"):
     """What the model learns to answer."""
-    answer = f"<answer>\n{row['label']}\n</answer>"
-    if target == "label":
-        return common.in_style(answer, style)                             # w = l in Eq. 2
-    return common.in_style(f"<think>\n{row['rationale'].strip()}\n</think>\n{answer}", style)
+    answer = f"<answer>\n{row['label']}\n</answer>"                        # w = l in Eq. 2
+    if target == "rationale":
+        answer = f"<think>\n{row['rationale'].strip()}\n</think>\n{answer}"
+    return common.in_style(answer, style)
 
 
 def collate(prompts, answers, pad_id, device):
     """b prompts and their answers' ids -> ids [b, L], mask [b, L], labels [b, L] (-100 outside the
     answer), pixels or None. Prompt on the left, answer right after it, padding on the right."""
-    whole = [p.ids + a for p, a in zip(prompts, answers)]
-    width = max(map(len, whole))
-    pad = lambda x, fill: x + [fill] * (width - len(x))
-    ids = torch.tensor([pad(w, pad_id) for w in whole], device=device)
-    mask = torch.tensor([pad([1] * len(w), 0) for w in whole], device=device)
-    labels = torch.tensor([pad([-100] * len(p.ids) + a, -100) for p, a in zip(prompts, answers)],
-                          device=device)
-    pixels = [p.pixels for p in prompts if p.pixels is not None]
-    return ids, mask, labels, torch.cat(pixels).to(device) if pixels else None
+    width = max(len(p.ids) + len(answer) for p, answer in zip(prompts, answers, strict=True))
+    ids, mask, labels, pixels = [], [], [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        length = len(prompt.ids) + len(answer)
+        padding = width - length
+        ids.append(prompt.ids + answer + [pad_id] * padding)
+        mask.append([1] * length + [0] * padding)
+        labels.append([-100] * len(prompt.ids) + answer + [-100] * padding)
+        if prompt.pixels is not None:
+            pixels.append(prompt.pixels)
+    return (torch.tensor(ids, device=device), torch.tensor(mask, device=device),
+            torch.tensor(labels, device=device), torch.cat(pixels).to(device) if pixels else None)
 
 
 def answer_nll(model, ids, mask, labels, pixels):
@@ -90,6 +101,65 @@ def answer_nll(model, ids, mask, labels, pixels):
     return nll, (labels >= 0).sum().item()
 
 
+def finetune(model, encoder, rows, target, heldout, state, cfg, stage, may_swap, sample):
+    """Epochs over `rows`, each row's answer being target(row), its order a coin if may_swap(row);
+    resumes from `state`; writes the checkpoint with held-out results before and after, whose
+    answers `sample` writes. Stage 2b trains with it, too."""
+    device = next(model.parameters()).device
+    if cfg.freeze_vision:
+        common.freeze_vision(model)
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = common.make_optimizer(model, cfg.lr)
+    steps = max(1, cfg.epochs * len(rows) // cfg.batch_size)
+    warmup = max(1, round(0.03 * steps))
+    start, kept = common.resume(state, model, optimizer)
+    if state is None and heldout:
+        kept["before"] = common.evaluate(model, encoder, heldout, cfg, "before", cfg.form, sample)
+
+    mine = slice(common.rank(), None, common.world())
+    bar = common.progress(start, steps, stage)
+    for step in bar:
+        began = time.time()
+        batch = common.batch_of(rows, step, cfg.batch_size, cfg.seed, may_swap)[mine]
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1, (step + 1) / warmup)
+        if cfg.gradient_checkpointing:
+            model.train()
+        parts, tokens = [], 0
+        for at in range(0, len(batch), cfg.micro_batch):
+            part = batch[at:at + cfg.micro_batch]
+            prompts = [encoder(row, cfg.form) for row in part]
+            answers = [encoder.answer_ids(target(row)) for row in part]
+            parts.append(collate(prompts, answers, encoder.pad_id, device))
+            tokens += sum(map(len, answers))
+        # one normaliser for all micro-batches and processes: the gradient of the mean over tokens
+        tokens, = common.sum_over_ranks(tokens)
+        nll = 0.0
+        for part in parts:
+            loss = answer_nll(model, *part)[0] / tokens
+            loss.backward()
+            nll += loss.item()
+        norm = common.optimizer_step(optimizer, common.trainable(model), cfg.max_grad_norm)
+        nll, = common.sum_over_ranks(nll)
+        bar.set_postfix(loss=f"{nll:.3f}", refresh=False)
+        if common.rank() == 0:
+            common.append(Path(cfg.out, "metrics.jsonl"), {
+                "step": step + 1, "loss": nll, "grad_norm": norm, "num_tokens": tokens,
+                "step_time": time.time() - began, "peak_memory_gb": common.peak_memory_gb()})
+            if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
+                common.save_state(cfg.out, model, optimizer, step + 1, cfg, **kept)
+
+    after = None
+    if heldout:
+        after = common.evaluate(model, encoder, heldout, cfg, "after", cfg.form, sample)
+    if common.rank() == 0:
+        common.save_checkpoint(cfg.out, model, encoder, stage=stage, parent=cfg.model, step=steps,
+                               config=asdict(cfg),
+                               heldout={"before": kept.get("before"), "after": after})
+        print(f"wrote {cfg.out}/")
+
+
 def main():
     cfg = common.parse_config(Config, __doc__, PAPER)
     device = common.start_processes(cfg.batch_size)
@@ -99,83 +169,45 @@ def main():
     limits = cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows
     rows = common.load_rows(cfg.data, encoder, *limits)
     if cfg.target == "rationale":
-        told = [r for r in rows if r.get("rationale")]
-        if not told:
+        with_rationale = [row for row in rows if row.get("rationale")]
+        if not with_rationale:
             raise SystemExit(f"{cfg.data}: no row has a 'rationale'; other rows, or --target label")
-        if common.rank() == 0 and len(told) < len(rows):
-            print(f"{len(rows) - len(told)} rows without a rationale left out")
-        rows = told
+        if common.rank() == 0 and len(with_rationale) < len(rows):
+            print(f"{len(rows) - len(with_rationale)} rows without a rationale left out")
+        rows = with_rationale
     heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
-    finetune(model, encoder, rows, lambda row: target_text(row, cfg.target, cfg.style), heldout,
-             state, cfg, stage="stage0_sft",
-             may_swap=common.can_swap if cfg.target == "rationale" else lambda row: True)
+
+    def target(row):
+        return target_text(row, cfg.target, cfg.style)
+
+    def may_swap(row):
+        return cfg.target == "label" or common.can_swap(row)
+    finetune(model, encoder, rows, target, heldout, state, cfg, STAGE, may_swap,
+             generate_greedily)
     common.end_processes()
 
 
-def finetune(model, encoder, rows, target, heldout, state, cfg, stage, may_swap):
-    """Epochs over `rows`, each row's answer being target(row), its order a coin if may_swap(row);
-    resumes from `state`; writes the checkpoint with held-out results before and after. Stage 2b
-    trains with it, too."""
+@torch.no_grad()
+def generate_greedily(model, encoder, prompts, group_size=1, temperature=0.0, max_new_tokens=512,
+                      generator=None):
+    """B prompts -> one greedy answer each, .ids [B][1], by transformers' generate(). It takes the
+    arguments of the other stages' sample_group(), because judging asks either of them."""
+    assert group_size == 1 and temperature == 0
+    model.eval()
     device = next(model.parameters()).device
-    if cfg.freeze_vision:
-        common.freeze_vision(model)
-    if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    steps = max(1, cfg.epochs * len(rows) // cfg.batch_size)
-    warmup = max(1, round(0.03 * steps))
-    start, before = 0, None
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, before = state["step"], state["before"]
-    elif heldout:
-        before = evaluate(model, encoder, heldout, cfg, "before", cfg.form)
-
-    mine = slice(common.rank(), None, common.world())
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage,
-               disable=common.rank() > 0, mininterval=2)
-    for step in bar:
-        began = time.time()
-        batch = common.batch_of(rows, step, cfg.batch_size, cfg.seed, may_swap)[mine]
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1, (step + 1) / warmup)
-        if cfg.gradient_checkpointing:
-            model.train()
-        parts = [batch[i:i + cfg.micro_batch] for i in range(0, len(batch), cfg.micro_batch)]
-        parts = [collate([encoder(row, cfg.form) for row in part],
-                         [encoder.answer_ids(target(row)) for row in part], encoder.pad_id, device)
-                 for part in parts]
-        # one normaliser for all micro-batches and processes: the gradient of the mean over tokens
-        tokens, = common.sum_over_ranks(sum((part[2] >= 0).sum().item() for part in parts))
-        nll = 0.0
-        for part in parts:
-            loss = answer_nll(model, *part)[0] / tokens
-            loss.backward()
-            nll += loss.item()
-        common.sum_gradients(trainable)
-        norm = torch.nn.utils.clip_grad_norm_(trainable, cfg.max_grad_norm).item()
-        if not math.isfinite(norm):
-            raise SystemExit(f"step {step + 1}: the gradient is not a number; go on from the last "
-                             "saved state with a smaller --lr.")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        nll, = common.sum_over_ranks(nll)
-        bar.set_postfix(loss=f"{nll:.3f}", refresh=False)
-        if common.rank() == 0:
-            seconds = time.time() - began
-            common.append(Path(cfg.out, "metrics.jsonl"), {
-                "step": step + 1, "loss": nll, "grad_norm": norm, "num_tokens": tokens,
-                "step_time": seconds, "peak_memory_gb": common.peak_memory_gb()})
-            if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
-                common.save_state(cfg.out, model, optimizer, step + 1, cfg, before=before)
-
-    after = evaluate(model, encoder, heldout, cfg, "after", cfg.form) if heldout else None
-    if common.rank() == 0:
-        common.save_checkpoint(cfg.out, model, encoder, stage=stage, parent=cfg.model, step=steps,
-                               config=asdict(cfg), heldout={"before": before, "after": after})
-        print(f"wrote {cfg.out}/")
+    ids, mask, pixels = common.left_pad(prompts, encoder.pad_id, device)              # [B, P]
+    more = {} if pixels is None else {"pixel_values": pixels}
+    if encoder.image_token_id is not None:
+        more["suppress_tokens"] = [encoder.image_token_id]
+    with common.autocast(device):
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens,
+                             do_sample=False, eos_token_id=encoder.eos_ids,
+                             pad_token_id=encoder.pad_id, **more)
+    answers = []
+    for answer in out[:, ids.shape[1]:].tolist():
+        ends = [t for t, token in enumerate(answer) if token in encoder.eos_ids]
+        answers.append([answer[:ends[0] + 1] if ends else answer])  # the rest is padding
+    return SimpleNamespace(ids=answers, logp=None)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ naming the task in <type> earns 0.2, and every batch replays some text rows of s
 
 One step, for B prompts with G answers each:
 
-    sample    G answers a prompt; the prompt is run once, its cache is shared        sample_group
-    reward    format + accuracy + task recognition                       MSRL 4.2    common.py
+    sample    G answers per prompt; the prompt is run once, its cache is shared      sample_group
+    reward    format + accuracy + task recognition                       MSRL 4.2    score_answers
     advantage (r - mean of the group) / std of the group                 [GRPO]      advantages
     log-probs [prompt | answer 1 | ... | answer G] as one sequence                   packed_logps
     loss      PPO clip on the pre-clipped ratio + beta * KL to the start Eq. 3       grpo_loss
+
+The file goes from the equations over the loop to how tokens get there.
 
 Shapes: B prompts, G answers each, N = B*G, T tokens, P prompt length, C answer length, V
 vocabulary, S = the lengths of one prompt's G answers added up; `b` is B within a micro-batch.
@@ -19,34 +21,41 @@ vocabulary, S = the lengths of one prompt's G answers added up; `b` is B within 
 
 import copy
 import math
+import re
 import time
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
-from common import accuracy_reward, format_reward, sum_over_ranks, task_reward
+from common import accuracy_reward, format_reward, knob, sum_over_ranks, task_reward
 
 HELDOUT = ",".join(f"toy/heldout_{task}.jsonl:100" for task in common.TASKS)
 STAGE = Path(__file__).stem
 FORM = "caption"  # how rows with media are shown; text rows have none
 REWARDS = {"format": format_reward, "accuracy": accuracy_reward, "task": task_reward}
-SCHEMES = {"paper": {"format": 1.0, "accuracy": 1.0, "task": 1.0},   # task_reward is 0 or 0.2
-           "script": {"format": 0.2, "accuracy": 1.0, "task": 0.2},  # as released: 0.2 * 0.2
+# Weights of the rewards. task_reward is 0 or 0.2, and counts from stage 2 on.
+SCHEMES = {"paper": {"format": 1.0, "accuracy": 1.0, "task": 1.0},   # Eq. 4; MSRL 4.2
+           "script": {"format": 0.2, "accuracy": 1.0, "task": 0.2},  # the released train_*_grpo.sh
            # R1-Reward 4.3: 0.5 * format + accuracy * (1 + 0.5 * consistency)
            "r1": {"format": 0.5, "accuracy": 1.0, "consistency": 0.5}}
 
 
-def knob(default, help):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class Config:
+    # the first five to turn
+    lr: float = knob(8e-5, "AdamW, constant (paper: 1e-6)")
+    beta: float = knob(0.04, "weight of the KL to the starting model; 0 loads no reference. Paper: "
+                       "framework default 0.04; its script: 0")
+    group_size: int = knob(8, "G, answers per prompt (paper: 8)")
+    batch_size: int = knob(24, "prompts per rollout, over all processes. Paper: 'batch size of "
+                           "128'; its script counts answers: 16 prompts x 8")
+    max_steps: int = knob(40, "rollouts; each is followed by updates_per_rollout optimiser steps")
+
+    # data
     model: str = knob("runs/stage1_text_grpo", "checkpoint to start from; also the KL reference")
     data: str = knob("toy/caption_rl.jsonl", "preference rows with captions; several, separated "
                      "by commas. Paper: 20k rows of Table 5")
@@ -60,53 +69,62 @@ class Config:
     heldout: str = knob(HELDOUT, "rows judged before and after; '' for none")
     out: str = knob("runs/stage2_caption_grpo", "run folder; the same command resumes it")
     seed: int = knob(0, "of the data order and of sampling")
-    max_steps: int = knob(40, "rollouts; each is followed by updates_per_rollout optimiser steps")
-    batch_size: int = knob(24, "prompts a rollout, over all processes. Paper: 'batch size of "
-                           "128'; its script counts answers: 16 prompts x 8")
-    group_size: int = knob(8, "G, answers a prompt (paper: 8)")
-    updates_per_rollout: int = knob(1, "optimiser steps on each rollout; above 1 the ratio leaves "
-                                    "1 and the clips begin to matter")
-    micro_batch: int = knob(6, "prompts (whole groups) a forward: memory, not the gradient")
-    rollout_batch: int = knob(64, "prompts sampled together on one process, for memory; other "
-                              "chunks draw other answers")
-    freeze_vision: bool = knob(False, "freeze vision tower and projector. Paper: no, from stage 2 "
-                               "on; its script: yes. Captions give them no gradient either way")
-    lr: float = knob(8e-5, "AdamW, constant (paper: 1e-6)")
-    max_grad_norm: float = knob(1.0, "gradient norm clip")
-    beta: float = knob(0.04, "weight of the KL to the starting model; 0 loads no reference. Paper: "
-                       "framework default 0.04; its script: 0")
-    clip_low: float = knob(0.2, "PPO clip below 1")
-    clip_high: float = knob(0.2, "PPO clip above 1. Paper: default 0.2; its script: 0.28")
-    pre_clip: float = knob(1e3, "StableReinforce: ratio clamped to [1/x, x] before exp; 0 = off")
-    sigma: float = knob(3.0, "StableReinforce: answers with |z| above this are left out; 0 = off. "
-                        "In a group |z| <= sqrt(G-1): at G=8 only --advantage batch can reach 3")
-    advantage: Literal["group", "batch"] = knob(
-        "group", "'group' (GRPO) or 'batch' (REINFORCE++, R1-Reward)")
-    scale_std: bool = knob(True, "divide by the std. Paper: GRPO, so yes; its script: no")
-    normaliser: Literal["sequence", "token"] = knob(
-        "sequence", "'sequence': mean over answers of token means (GRPO, the paper's framework); "
-        "'token': mean over tokens (TRL's default)")
-    reward: Literal["paper", "script", "r1"] = knob(
-        "paper", "'paper': format 1 + accuracy 1 + task 0.2; 'script': 0.2 + 1 + 0.04, as "
-        "released; 'r1': R1-Reward's, with consistency of reasoning and verdict")
-    referee: str = knob("rule", "who tells consistency: 'rule' (the last comparison stated) or a "
-                        "checkpoint that is asked, text only (R1-Reward: Qwen2.5-VL-7B-Instruct)")
     style: Literal["msrl", "r1"] = knob("msrl", "prompt and answer: 'msrl' (A/B, Figures 4-7) or "
                                         "'r1' (1/2, R1-Reward's Table 1; no generation rows)")
-    temperature: float = knob(1.0, "of sampling and of the scored distribution; no top-p or top-k")
     max_prompt_tokens: int = knob(1024, "longer prompts are skipped and counted, never cut")
-    max_new_tokens: int = knob(128, "answers are cut here and count as truncated (paper: 512)")
-    gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
-    eval_every: int = knob(20, "steps between looks at the held-out rows; 0 = only at the end")
-    eval_rows: int = knob(100, "about as many rows in those looks; the first and last take all")
-    eval_batch: int = knob(128, "judgements decoded together")
-    save_every: int = knob(20, "steps between saved states")
-    log_rollouts_every: int = knob(10, "steps between whole groups written to rollouts.jsonl")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
     exclude: str = knob("", "benchmark files; training rows that are in them too are left out "
                         "(the paper's S1 is built from VL-RewardBench's sources)")
     min_attempts: int = knob(0, "train on rows that took eval.py --attempts this many or more "
                              "(R1-Reward: 2, progressive difficulty)")
+
+    # sampling
+    temperature: float = knob(1.0, "of sampling and of the scored distribution; no top-p or top-k")
+    max_new_tokens: int = knob(128, "answers are cut here and count as truncated (paper: 512)")
+    rollout_batch: int = knob(64, "prompts sampled together on one process, for memory; other "
+                              "chunks draw other answers")
+
+    # objective: rewards, advantages, loss
+    reward: Literal["paper", "script", "r1"] = knob(
+        "paper", "weights of format, accuracy and, from stage 2 on, task. 'paper': 1, 1, and 0.2 "
+        "for the task; 'script': 0.2, 1, 0.04, as released; 'r1': R1-Reward's, with consistency "
+        "of reasoning and verdict")
+    referee: str = knob("rule", "who tells consistency: 'rule' (the last comparison stated) or a "
+                        "checkpoint that is asked, text only (R1-Reward: Qwen2.5-VL-7B-Instruct)")
+    advantage: Literal["group", "batch"] = knob(
+        "group", "'group' (GRPO) or 'batch' (REINFORCE++, R1-Reward)")
+    scale_std: bool = knob(True, "divide by the std. Paper: GRPO, so yes; its script: no")
+    sigma: float = knob(3.0, "StableReinforce: answers with |z| above this are left out; 0 = off. "
+                        "In a group |z| <= sqrt(G-1): at G=8 only --advantage batch can reach 3")
+    pre_clip: float = knob(1e3, "StableReinforce: ratio clamped to [1/x, x] before exp; 0 = off")
+    clip_low: float = knob(0.2, "PPO clip below 1")
+    clip_high: float = knob(0.2, "PPO clip above 1. Paper: default 0.2; its script: 0.28")
+    normaliser: Literal["sequence", "token"] = knob(
+        "sequence", "'sequence': mean over answers of token means (GRPO, the paper's framework); "
+        "'token': mean over tokens (TRL's default)")
+
+    # optimiser
+    updates_per_rollout: int = knob(1, "optimiser steps on each rollout; above 1 the ratio leaves "
+                                    "1 and the clips begin to matter")
+    micro_batch: int = knob(6, "prompts (whole groups) per forward: memory, not the gradient")
+    max_grad_norm: float = knob(1.0, "gradient norm clip")
+    freeze_vision: bool = knob(False, "freeze vision tower and projector. Paper: in stage 1, not "
+                               "from 2 on; its script: in 1 and 2")
+    gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
+
+    # looks at the held-out rows, and logs
+    eval_every: int = knob(20, "steps between looks at the held-out rows; 0 = only at the end")
+    eval_rows: int = knob(100, "about as many rows in those looks; the first and last take all")
+    eval_batch: int = knob(128, "judgements decoded together")
+    save_every: int = knob(20, "steps between saved states")
+    log_rollouts_every: int = knob(10, "steps between whole groups written to rollouts.jsonl")
+
+    def check(self):
+        if self.group_size < 2:
+            raise ValueError("--group_size must be at least 2: an answer alone has no advantage")
+        if 0 < self.pre_clip <= 1:
+            raise ValueError("--pre_clip must be above 1, or 0 for off")
+        n_replay(self)
 
 
 PAPER = dict(data=common.TABLE_5.format(5000, 2500, 2580, 4323, 2500, 2539), heldout="",
@@ -117,11 +135,264 @@ PAPER = dict(data=common.TABLE_5.format(5000, 2500, 2580, 4323, 2500, 2539), hel
              max_prompt_tokens=4096, gradient_checkpointing=True, save_every=200)
 
 
-# --- same in stages 1, 2, 3 -----------------------------------------------------------------------
+# --- same in stages 1, 2, 3: the equations --------------------------------------------------------
+def advantages(rewards, every_reward, kind, scale_std, sigma):
+    """rewards [B, G] of this process and every_reward [B_all, G] of all processes, both float64
+    -> advantages [B, G] and keep [B, G], False where the 3-sigma filter leaves an answer out."""
+    if kind == "group":  # against the G answers to the same prompt
+        mean = rewards.mean(1, keepdim=True)                                           # [B, 1]
+        std = rewards.std(1, correction=0, keepdim=True)
+        equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    else:  # against all answers of the step
+        mean = every_reward.mean()
+        std = every_reward.std(correction=0)
+        equal = every_reward.max() == every_reward.min()
+    # Equal rewards give exactly 0. Untested, rounding noise over a tiny std would be a signal.
+    centred = (rewards - mean).masked_fill(equal, 0.0)                                 # [B, G]
+    z = centred / std.masked_fill(equal, 1.0)                                          # [GRPO]
+    keep = torch.ones_like(z, dtype=torch.bool)
+    if sigma > 0:
+        keep = z.abs() <= sigma                                                        # [SR filter]
+    return (z if scale_std else centred), keep
+
+
+def grpo_loss(logp, old, ref, advantage, weight, clip_low, clip_high, pre_clip, beta):
+    """All arguments [b, S] per token but the last four. `weight` holds the whole normalisation (0
+    on padding), so the loss is a plain sum. -> loss, and per-token {name: value} for the log.
+
+    At the first update after a rollout logp == old: every ratio is 1, and as the advantages of a
+    group add up to 0, the loss starts AT ZERO BY DESIGN. Its gradient is not. Watch the reward."""
+    log_ratio = logp - old
+    if pre_clip > 0:
+        log_ratio = log_ratio.clamp(-math.log(pre_clip), math.log(pre_clip))         # [SR pre-clip]
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    policy = -torch.min(ratio * advantage, clipped * advantage)                        # [PPO clip]
+    stats = {"clip_ratio/low_mean": (ratio < 1 - clip_low) & (advantage < 0),
+             "clip_ratio/high_mean": (ratio > 1 + clip_high) & (advantage > 0),
+             "pre_clip_ratio": log_ratio != logp - old}
+    if beta == 0:
+        return (policy * weight).sum(), stats
+    d = (ref - logp).clamp(-20, 20)  # against overflow only: a sampled token is never that far off
+    kl = d.exp() - d - 1                                                               # [k3], Eq. 3
+    return ((policy + beta * kl) * weight).sum(), {**stats, "kl": kl.detach()}
+
+
+def per_token(per_answer, owner):
+    """One number per answer [b, G] -> one per token [b, S], 0 on padding. owner [b, S] is 1..G for
+    the tokens of the answers, -1 for padding."""
+    answer = (owner - 1).clamp(min=0)
+    values = per_answer.float().to(owner.device).gather(1, answer)
+    return values.masked_fill(owner < 1, 0.0)
+
+
+def grpo_update(model, ref, encoder, optimizer, prompts, answers, advantage, keep, cfg,
+                sampled=None):
+    """updates_per_rollout optimiser steps on B prompts, their answers [B][G], advantages and keep
+    [B, G]. Processes and micro-batches share one normaliser, so neither changes the gradient.
+    `sampled` [B][G]: the answers' log-probs when sampled, only to log how far ours differ.
+    -> {name: mean over answer tokens, or sum for the loss}."""
+    lengths = torch.tensor([[len(answer) for answer in group] for group in answers]).double()
+    weight = keep.double()              # 'token': the mean over all tokens              # [B, G]
+    if cfg.normaliser == "sequence":
+        weight = weight / lengths       # GRPO: the mean over answers of their token means
+    count, = sum_over_ranks((weight * lengths).sum().item())
+    weight = weight / max(count, 1.0)
+    old, reference = {}, {}  # log-probs by micro-batch, before the first update
+    for update in range(cfg.updates_per_rollout):
+        totals = Counter()
+        if cfg.gradient_checkpointing:
+            model.train()
+        for at in range(0, len(prompts), cfg.micro_batch):
+            part = slice(at, at + cfg.micro_batch)
+            logp, entropy, owner = packed_logps(model, encoder, prompts[part], answers[part],
+                                                cfg.temperature)                       # [b, S]
+            if update == 0:
+                old[at] = logp.detach()
+                if ref is not None:
+                    with torch.no_grad():
+                        reference[at] = packed_logps(ref, encoder, prompts[part], answers[part],
+                                                     cfg.temperature)[0]
+            loss, stats = grpo_loss(
+                logp, old[at], reference.get(at), per_token(advantage[part], owner),
+                per_token(weight[part], owner), cfg.clip_low, cfg.clip_high, cfg.pre_clip, cfg.beta)
+            loss.backward()
+            totals["loss"] += loss.item()
+            stats |= {"entropy": entropy, "tokens": torch.ones_like(entropy)}
+            if sampled is not None:  # cache against packed forward: rounding, or a bug
+                stats["sampling/sampling_logp_difference/mean"] = (
+                    old[at] - in_places(sampled[part], owner)).abs()
+            for name, value in stats.items():
+                totals[name] += value[owner > 0].double().sum().item()
+        norm = common.optimizer_step(optimizer, common.trainable(model), cfg.max_grad_norm)
+    names = sorted(totals)
+    sums = sum_over_ranks(*[totals[name] for name in names])
+    metrics = dict(zip(names, sums, strict=True))
+    loss, tokens = metrics.pop("loss"), metrics.pop("tokens")
+    means = {name: total / tokens for name, total in metrics.items()}
+    return {"loss": loss, "grad_norm": norm, **means}
+
+
+def score_answers(texts, batch, functions):
+    """The texts of the answers [B][G] and the rows [B] they answer -> {name: rewards [B, G]}."""
+    scores = {name: torch.zeros(len(texts), len(texts[0]), dtype=torch.float64)
+              for name in functions}
+    for b, (row, group) in enumerate(zip(batch, texts, strict=True)):
+        for g, text in enumerate(group):
+            for name, function in functions.items():
+                scores[name][b, g] = function(text, row)                               # Eq. 4
+    return scores
+# --- end of the equations -------------------------------------------------------------------------
+
+
+def main():
+    cfg = common.parse_config(Config, __doc__, PAPER)
+    device = common.start_processes(cfg.batch_size)
+    state = common.open_run(cfg.out, cfg)
+
+    # ------------------------------------------------------------------------------ model and data
+    model, encoder = common.load(cfg.model, device, made_by=Config.model, style=cfg.style)
+    ref = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None
+    if cfg.freeze_vision:
+        common.freeze_vision(model)
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = common.make_optimizer(model, cfg.lr)
+    limits = FORM, cfg.max_prompt_tokens, cfg.skip_bad_rows
+    # what can fail comes before the captioner's hours; at 1:0 there is nothing to replay
+    texts = n_replay(cfg) and common.load_rows(cfg.replay, encoder, *limits, exclude=cfg.exclude)
+    data = common.captioned(cfg, sample_group, device) if cfg.captioner else cfg.data
+    rows = common.load_rows(data, encoder, *limits, exclude=cfg.exclude)
+    rows = common.hard_rows(rows, cfg.min_attempts)
+    heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
+    looks = heldout[::max(1, len(heldout) // cfg.eval_rows)]  # spread over all tasks
+    start, kept = common.resume(state, model, optimizer)
+    if state is None and heldout:
+        kept["before"] = common.evaluate(model, encoder, heldout, cfg, "before", FORM, sample_group)
+    del state
+    functions = dict(REWARDS)
+    if cfg.reward == "r1":
+        functions["consistency"] = common.consistency_reward(cfg.referee, sample_group, device,
+                                                             cfg.style)
+    if texts and "replay" not in kept:
+        kept["replay"] = choose_replay(model, encoder, texts, cfg)
+
+    # ------------------------------------------------------------------------------ the GRPO loop
+    mine = slice(common.rank(), None, common.world())  # whole groups never straddle processes
+    bar = common.progress(start, cfg.max_steps, STAGE)
+    for step in bar:
+        began = time.time()
+        batch = mixed_batch(rows, kept.get("replay"), step, cfg)[mine]                 # B rows
+        prompts = [encoder(row, FORM) for row in batch]
+
+        # 1. sample G answers per prompt; another seed for every step and process
+        generator = torch.Generator(device).manual_seed(
+            (cfg.seed * 1_000_003 + step) * 1009 + common.rank())
+        rollout = roll_out(model, encoder, prompts, cfg, generator)                    # [B][G]
+        sampled = time.time()
+
+        # 2. rewards: the tokens we train on are the sampled ones, text is for the judge only
+        texts = [[common.as_ab(encoder.decode(ids), cfg.style) for ids in group]
+                 for group in rollout.ids]                                             # [B][G]
+        scores = score_answers(texts, batch, functions)                                # {: [B, G]}
+        weights = SCHEMES[cfg.reward]
+        rewards = sum(weights.get(name, 0.0) * values for name, values in scores.items())
+
+        # 3. advantages [B, G]
+        every_reward = common.gather(rewards)                                          # [B_all, G]
+        advantage, keep = advantages(rewards, every_reward, cfg.advantage, cfg.scale_std, cfg.sigma)
+
+        # 4. log-probs, loss, update
+        metrics = grpo_update(model, ref, encoder, optimizer, prompts, rollout.ids, advantage, keep,
+                              cfg, rollout.logp)
+
+        # 5. log, save, look at the held-out rows
+        metrics |= describe(rollout, texts, scores, every_reward, keep, encoder)
+        seconds = time.time() - began
+        metrics |= {"step_time": seconds, "sample_time": sampled - began,
+                    "tokens_per_second": metrics["num_tokens"] / seconds,
+                    "peak_memory_gb": common.peak_memory_gb()}
+        done = step + 1
+        if cfg.eval_every and heldout and done % cfg.eval_every == 0 and done < cfg.max_steps:
+            look = common.evaluate(model, encoder, looks, cfg, f"step {done}", FORM, sample_group)
+            metrics["eval_accuracy"] = look["accuracy"]
+        if common.rank() == 0:
+            common.append(Path(cfg.out, "metrics.jsonl"), {"step": done, **metrics})
+            if cfg.log_rollouts_every and step % cfg.log_rollouts_every == 0:
+                common.append(Path(cfg.out, "rollouts.jsonl"), {
+                    "step": done, "id": batch[0]["id"], "label": batch[0]["label"],
+                    "prompt": common.render(batch[0], FORM, cfg.style), "answers": texts[0],
+                    "rewards": {name: values[0].tolist() for name, values in scores.items()},
+                    "advantages": advantage[0].tolist(), "kept": keep[0].tolist()})
+            if done % cfg.save_every == 0 or done == cfg.max_steps:
+                common.save_state(cfg.out, model, optimizer, done, cfg, **kept)
+        bar.set_postfix(reward=f"{metrics['reward']:.3g}", kl=f"{metrics.get('kl', 0):.3g}",
+                        acc=f"{metrics['rewards/accuracy/mean']:.3g}", refresh=False)
+
+    # ------------------------------------------------------------------------------------- result
+    after = None
+    if heldout:
+        after = common.evaluate(model, encoder, heldout, cfg, "after", FORM, sample_group)
+    if common.rank() == 0:
+        common.save_checkpoint(cfg.out, model, encoder, stage=STAGE, parent=cfg.model,
+                               step=max(start, cfg.max_steps), config=asdict(cfg),
+                               heldout={"before": kept.get("before"), "after": after})
+        print(f"wrote {cfg.out}/")
+    common.end_processes()
+
+
+# --- what stage 2 adds: replay --------------------------------------------------------------------
+def n_replay(cfg):
+    """Replayed texts per batch: the share --replay_ratio asks for, to the nearest whole prompt."""
+    if not re.fullmatch(r"[1-9]\d*:\d+", cfg.replay_ratio):
+        raise ValueError("--replay_ratio is captions:text, as 5:1 or 1:0")
+    captions, texts = map(int, cfg.replay_ratio.split(":"))
+    n = round(cfg.batch_size * texts / (captions + texts))
+    if n == cfg.batch_size or texts and n == 0:
+        raise ValueError(f"--replay_ratio {cfg.replay_ratio} needs a larger --batch_size")
+    return n
+
+
+def mixed_batch(rows, replay, step, cfg):
+    """Captions, then replayed texts, in the same proportion in every batch."""
+    texts = common.batch_of(replay, step, n_replay(cfg), cfg.seed) if n_replay(cfg) else []
+    return common.batch_of(rows, step, cfg.batch_size - len(texts), cfg.seed) + texts
+
+
+def choose_replay(model, encoder, rows, cfg):
+    """The "high-quality" text rows of MSRL 4.2. UNSPECIFIED: how they are chosen. Ours are those
+    where the starting model names the label in both orders: label and judge vouch for each other,
+    so a noisy label, the usual fault of large text sets, is unlikely to be replayed."""
+    rows = common.batch_of(rows, 0, min(cfg.replay_candidates, len(rows)), cfg.seed)
+    predictions = common.judge(model, encoder, rows, sample_group, FORM, batch_size=cfg.eval_batch,
+                               max_new_tokens=cfg.max_new_tokens, desc="choosing texts to replay")
+    wrong = {p["at"] for p in predictions if p["pred"] != rows[p["at"]]["label"]}
+    good = [row for at, row in enumerate(rows) if at not in wrong]
+    if common.rank() == 0:
+        print(f"{cfg.replay}: {len(good)} of {len(rows)} rows good enough to replay, "
+              f"{n_replay(cfg)} of {cfg.batch_size} prompts in every batch")
+    if not good:
+        raise SystemExit(f"{cfg.replay}: {cfg.model} judges none of {len(rows)} rows right in both "
+                         "orders; start from a better model, or --replay_ratio 1:0")
+    return good
+
+
+# --- same in stages 1, 2, 3: how tokens get there -------------------------------------------------
 @dataclass
 class Rollout:
-    ids: list   # N answers as lists of token ids, EOS included; the G of one prompt are adjacent
-    logp: list  # N lists: the log-prob each token had when it was sampled
+    ids: list   # [B][G] answers as lists of token ids, end-of-sequence token included
+    logp: list  # [B][G] lists: the log-prob each token had when it was sampled
+
+
+def roll_out(model, encoder, prompts, cfg, generator):
+    """B prompts -> their Rollout, cfg.rollout_batch prompts at a time."""
+    rollout = Rollout([], [])
+    for at in range(0, len(prompts), cfg.rollout_batch):
+        part = sample_group(model, encoder, prompts[at:at + cfg.rollout_batch], cfg.group_size,
+                            cfg.temperature, cfg.max_new_tokens, generator)
+        rollout.ids += part.ids
+        rollout.logp += part.logp
+    return rollout
 
 
 @torch.no_grad()
@@ -152,8 +423,10 @@ def sample_group(model, encoder, prompts, group_size, temperature, max_new_token
     alive = torch.ones(n, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
         logp = scored_logits(logits, encoder, temperature).log_softmax(-1)            # [rows, V]
-        token = logp.argmax(-1) if temperature == 0 else \
-            torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]               # [rows]
+        if temperature == 0:
+            token = logp.argmax(-1)                                                   # [rows]
+        else:
+            token = torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
         tokens[row[alive], t] = token[alive]
         logps[row[alive], t] = logp.gather(1, token[:, None])[alive, 0]
         alive &= ~torch.isin(token, eos)      # the EOS itself is part of the answer
@@ -169,9 +442,13 @@ def sample_group(model, encoder, prompts, group_size, temperature, max_new_token
             out = model(input_ids=token[:, None], attention_mask=mask, position_ids=position,
                         past_key_values=cache, use_cache=True)
         logits, position = out.logits[:, -1], position + 1
-    lengths = (tokens >= 0).sum(1).tolist()
-    return Rollout([r[:k] for r, k in zip(tokens.tolist(), lengths)],
-                   [r[:k] for r, k in zip(logps.tolist(), lengths)])
+    lengths, tokens, logps = (tokens >= 0).sum(1).tolist(), tokens.tolist(), logps.tolist()
+    rollout = Rollout([], [])
+    for first in range(0, n, group_size):
+        group = range(first, first + group_size)
+        rollout.ids.append([tokens[i][:lengths[i]] for i in group])
+        rollout.logp.append([logps[i][:lengths[i]] for i in group])
+    return rollout
 
 
 def scored_logits(logits, encoder, temperature):
@@ -183,21 +460,8 @@ def scored_logits(logits, encoder, temperature):
     return logits
 
 
-def advantages(rewards, every_reward, kind, scale_std, sigma):
-    """rewards [B, G] of this process and every_reward [B_all, G] of all processes, both float64
-    -> advantages [B, G] and keep [B, G], False where the 3-sigma filter leaves an answer out."""
-    base, dim = (rewards, 1) if kind == "group" else (every_reward.flatten()[None], 1)
-    mean = base.mean(dim, keepdim=True)                                                # [B or 1, 1]
-    std = base.std(dim, correction=0, keepdim=True)
-    # Equal rewards give exactly 0. Untested, rounding noise over a tiny std would be a signal.
-    spread = base.amax(dim, keepdim=True) > base.amin(dim, keepdim=True)
-    z = torch.where(spread, (rewards - mean) / std.where(spread, torch.ones_like(std)), 0.0)
-    keep = (z.abs() <= sigma) if sigma > 0 else torch.ones_like(z, dtype=torch.bool)   # [SR filter]
-    return (z if scale_std else torch.where(spread, rewards - mean, 0.0)), keep
-
-
 def pack(prompts, answers, pad_id, device):
-    """b prompts with G answers each -> one sequence a prompt, [prompt | answer 1 | ... | answer G].
+    """b prompts with G answers each -> one sequence each, [prompt | answer 1 | ... | answer G].
 
         owner      0  0  0  1  1  2  2  2     0 prompt, 1..G the answers, -1 padding
         positions  0  1  2  3  4  3  4  5     every answer starts right after the prompt
@@ -208,7 +472,7 @@ def pack(prompts, answers, pad_id, device):
     last token, target ids [b, S] and owner [b, S]; L = P + S."""
     ids, mask, pixels = common.left_pad(prompts, pad_id, device)                       # [b, P]
     b, width = ids.shape
-    longest = max(sum(map(len, group)) for group in answers)
+    longest = max(sum(len(answer) for answer in group) for group in answers)
     tail = torch.full((b, longest), pad_id, device=device)                             # [b, S]
     owner = torch.full((b, longest), -1, device=device)
     source = torch.zeros(b, longest, dtype=torch.long, device=device)
@@ -250,259 +514,41 @@ def packed_logps(model, encoder, prompts, answers, temperature):
     return logp, entropy.gather(1, source), owner
 
 
-def grpo_loss(logp, old, ref, advantage, weight, clip_low, clip_high, pre_clip, beta):
-    """All arguments [b, S] per token but the last four. `weight` holds the whole normalisation (0
-    on padding), so the loss is a plain sum. -> loss, and per-token {name: value} for the log.
-
-    At the first update after a rollout logp == old: every ratio is 1, and as the advantages of a
-    group add up to 0, the loss starts AT ZERO BY DESIGN. Its gradient is not. Watch the reward."""
-    log_ratio = logp - old
-    if pre_clip > 0:
-        log_ratio = log_ratio.clamp(-math.log(pre_clip), math.log(pre_clip))         # [SR pre-clip]
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    policy = -torch.min(ratio * advantage, clipped * advantage)                        # [PPO clip]
-    stats = {"clip_ratio/low_mean": (ratio < 1 - clip_low) & (advantage < 0),
-             "clip_ratio/high_mean": (ratio > 1 + clip_high) & (advantage > 0),
-             "pre_clip_ratio": log_ratio != logp - old}
-    if beta == 0:
-        return (policy * weight).sum(), stats
-    d = (ref - logp).clamp(-20, 20)  # against overflow only: a sampled token is never that far off
-    kl = d.exp() - d - 1                                                               # [k3], Eq. 3
-    return ((policy + beta * kl) * weight).sum(), {**stats, "kl": kl.detach()}
+def in_places(values, owner):
+    """[b][G] lists, one number per token -> [b, S], each at the place of its token, 0 on padding"""
+    flat = [value for group in values for answer in group for value in answer]
+    places = torch.zeros(owner.shape, device=owner.device)
+    return places.masked_scatter(owner > 0, torch.tensor(flat, device=owner.device))
 
 
-def per_token(x, owner):
-    """One number an answer [b, G] -> one a token [b, S]: 0 on padding."""
-    return F.pad(x.float(), (1, 0)).to(owner.device).gather(1, owner.clamp(min=0))
-
-
-def grpo_update(model, ref, encoder, optimizer, prompts, answers, adv, keep, cfg, sampled=None):
-    """updates_per_rollout optimiser steps on B prompts, their answers [B][G], advantages and keep
-    [B, G]. Processes and micro-batches share one normaliser, so neither changes the gradient.
-    `sampled` [B][G]: the answers' log-probs when sampled, only to log how far ours differ.
-    -> {name: mean over answer tokens, or sum for the loss}."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    lengths = torch.tensor([[len(a) for a in group] for group in answers], dtype=torch.float64)
-    # every answer weighs 1/C a token (GRPO: token mean, then mean over answers), or every token 1
-    weight = keep / lengths if cfg.normaliser == "sequence" else keep.double()         # [B, G]
-    count, = sum_over_ranks((weight * lengths).sum().item())
-    weight = weight / max(count, 1.0)
-    old, reference = {}, {}
-    for update in range(cfg.updates_per_rollout):
-        totals = {}
-        if cfg.gradient_checkpointing:
-            model.train()
-        for at in range(0, len(prompts), cfg.micro_batch):
-            part = slice(at, at + cfg.micro_batch)
-            logp, entropy, owner = packed_logps(model, encoder, prompts[part], answers[part],
-                                                cfg.temperature)                       # [b, S]
-            if update == 0:
-                old[at] = logp.detach()
-                if ref is not None:
-                    with torch.no_grad():
-                        reference[at] = packed_logps(ref, encoder, prompts[part], answers[part],
-                                                     cfg.temperature)[0]
-            loss, stats = grpo_loss(logp, old[at], reference.get(at), per_token(adv[part], owner),
-                                    per_token(weight[part], owner), cfg.clip_low, cfg.clip_high,
-                                    cfg.pre_clip, cfg.beta)
-            loss.backward()
-            real = owner > 0
-            stats |= {"entropy": entropy, "tokens": torch.ones_like(entropy)}
-            if sampled:  # cache against packed forward: rounding, or a bug in one of the two
-                flat = [p for group in sampled[part] for answer in group for p in answer]
-                then = torch.zeros_like(logp).masked_scatter(real, logp.new_tensor(flat))
-                stats["sampling/sampling_logp_difference/mean"] = (old[at] - then).abs()
-            for name, value in stats.items():
-                totals[name] = totals.get(name, 0.0) + value[real].double().sum().item()
-            totals["loss"] = totals.get("loss", 0.0) + loss.item()
-        common.sum_gradients(trainable)
-        norm = torch.nn.utils.clip_grad_norm_(trainable, cfg.max_grad_norm).item()
-        if not math.isfinite(norm):  # the same number on every process, so all stop together
-            raise SystemExit(f"the gradient became {norm}; no step was taken. Go on from the last "
-                             "saved state with a smaller --lr; see kl in metrics.jsonl.")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    names = sorted(totals)
-    totals = dict(zip(names, sum_over_ranks(*(totals[n] for n in names))))
-    tokens = totals.pop("tokens")
-    loss = totals.pop("loss")
-    return {"loss": loss, "grad_norm": norm, **{n: v / tokens for n, v in totals.items()}}
-
-
-def evaluate(model, encoder, rows, cfg, when, form):
-    """Greedy verdicts on held-out rows in both orders. -> figures of all rows, "tasks" by task."""
-    preds = common.judge(model, encoder, rows, sample_group, form, batch_size=cfg.eval_batch,
-                         max_new_tokens=cfg.max_new_tokens, desc=f"held-out, {when}")
-    result = common.summarize(rows, preds)
-    by_task = {t: common.summarize(rows, some)["accuracy"] for t in common.TASKS if (
-        some := [p for p in preds if rows[p["row"]]["task"] == t])}
-    if common.rank() == 0:
-        tasks = ", ".join(f"{t} {a:.1%}" for t, a in by_task.items())
-        tqdm.write(common.show(f"held-out, {when}", result) + (f"; {tasks}" if tasks else ""))
-    return {**result, "tasks": by_task}
-
-
-def describe(rollout, texts, each, everyone, keep, encoder, cfg):
+def describe(rollout, texts, scores, every_reward, keep, encoder):
     """The rollout's part of metrics.jsonl, over all processes (README explains each figure)."""
-    verdicts = [common.parse(t).verdict for t in texts]
-    ended = [bool(ids) and ids[-1] in encoder.eos_ids for ids in rollout.ids]
-    n, tokens, cut, said, said_a, kept = sum_over_ranks(
-        len(texts), sum(map(len, rollout.ids)), ended.count(False),
-        len(texts) - verdicts.count(None), verdicts.count("A"), keep.sum().item())
-    metrics = {"reward": everyone.mean().item(),
-               "reward_std": everyone.std(1, correction=0).mean().item(),
-               "frac_reward_zero_std": (everyone.amax(1) == everyone.amin(1)).float().mean().item(),
-               "completions/mean_length": tokens / n, "completions/clipped_ratio": cut / n,
-               "share_a": said_a / max(said, 1), "filter_ratio": 1 - kept / n, "num_tokens": tokens}
-    for name, values in each.items():
+    counts = Counter()
+    for ids_of_group, texts_of_group in zip(rollout.ids, texts, strict=True):
+        for ids, text in zip(ids_of_group, texts_of_group, strict=True):
+            verdict = common.parse(text).verdict
+            counts["answers"] += 1
+            counts["tokens"] += len(ids)
+            counts["cut"] += not ids or ids[-1] not in encoder.eos_ids
+            counts["verdicts"] += verdict is not None
+            counts["says A"] += verdict == "A"
+    answers, tokens, cut, verdicts, says_a, kept = sum_over_ranks(
+        counts["answers"], counts["tokens"], counts["cut"], counts["verdicts"], counts["says A"],
+        keep.sum().item())
+    equal = every_reward.amax(1) == every_reward.amin(1)
+    metrics = {"reward": every_reward.mean().item(),
+               "reward_std": every_reward.std(1, correction=0).mean().item(),
+               "frac_reward_zero_std": equal.float().mean().item(),
+               "completions/mean_length": tokens / answers,
+               "completions/clipped_ratio": cut / answers,
+               "share_a": says_a / max(verdicts, 1),
+               "filter_ratio": 1 - kept / answers, "num_tokens": tokens}
+    for name, values in scores.items():
         values = common.gather(values)
-        metrics |= {f"rewards/{name}/mean": values.mean().item(),
-                    f"rewards/{name}/std": values.std(correction=0).item()}
+        metrics[f"rewards/{name}/mean"] = values.mean().item()
+        metrics[f"rewards/{name}/std"] = values.std(correction=0).item()
     return metrics
 # --- end of what is same in stages 1, 2, 3 --------------------------------------------------------
-
-
-def main():
-    cfg = common.parse_config(Config, __doc__, PAPER)
-    device = common.start_processes(cfg.batch_size)
-    state = common.open_run(cfg.out, cfg)
-
-    # ------------------------------------------------------------------------------ model and data
-    model, encoder = common.load(cfg.model, device, made_by="python stage1_text_grpo.py",
-                                 style=cfg.style)
-    ref = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None
-    if cfg.freeze_vision:
-        common.freeze_vision(model)
-    if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr,
-                                  betas=(0.9, 0.95), weight_decay=0.0)
-    limits = FORM, cfg.max_prompt_tokens, cfg.skip_bad_rows
-    # what can fail comes before the captioner's hours; at 1:0 there is nothing to replay
-    texts = n_replay(cfg) and common.load_rows(cfg.replay, encoder, *limits, exclude=cfg.exclude)
-    data = common.captioned(cfg, sample_group, device) if cfg.captioner else cfg.data
-    rows = common.load_rows(data, encoder, *limits, exclude=cfg.exclude)
-    rows = common.hard_rows(rows, cfg.min_attempts)
-    heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
-    looks = heldout[::max(1, len(heldout) // cfg.eval_rows)]  # spread over all tasks
-    start, before, replay = 0, None, None
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, before, replay = state["step"], state["before"], state["replay"]
-    elif heldout:
-        before = evaluate(model, encoder, heldout, cfg, "before", FORM)
-    del state
-    functions = dict(REWARDS)
-    if cfg.reward == "r1":
-        functions["consistency"] = common.consistency_reward(cfg.referee, sample_group, device,
-                                                             cfg.style)
-    if texts and replay is None:
-        replay = choose_replay(model, encoder, texts, cfg)
-
-    # ------------------------------------------------------------------------------ the GRPO loop
-    mine = slice(common.rank(), None, common.world())  # whole groups never straddle processes
-    bar = tqdm(range(start, cfg.max_steps), initial=start, total=cfg.max_steps, desc=STAGE,
-               disable=common.rank() > 0, mininterval=2)
-    for step in bar:
-        began = time.time()
-        batch = mixed_batch(rows, replay, step, cfg)[mine]                             # B rows
-        prompts = [encoder(row, FORM) for row in batch]
-
-        # 1. sample G answers a prompt; another seed for every step and process
-        generator = torch.Generator(device).manual_seed(
-            (cfg.seed * 1_000_003 + step) * 1009 + common.rank())
-        rollout = Rollout([], [])
-        for at in range(0, len(prompts), cfg.rollout_batch):
-            some = sample_group(model, encoder, prompts[at:at + cfg.rollout_batch], cfg.group_size,
-                                cfg.temperature, cfg.max_new_tokens, generator)
-            rollout.ids += some.ids
-            rollout.logp += some.logp
-        sampled = time.time()
-
-        # 2. rewards [B, G]: the tokens we train on are the sampled ones, text is for the judge only
-        texts = [common.as_ab(encoder.decode(ids), cfg.style) for ids in rollout.ids]  # N
-        owners = [row for row in batch for _ in range(cfg.group_size)]
-        each = {name: torch.tensor([f(t, r) for t, r in zip(texts, owners)], dtype=torch.float64)
-                .view(-1, cfg.group_size) for name, f in functions.items()}
-        rewards = sum(weight * each[name] for name, weight in SCHEMES[cfg.reward].items())
-
-        # 3. advantages [B, G]
-        everyone = common.gather(rewards)                                              # [B_all, G]
-        adv, keep = advantages(rewards, everyone, cfg.advantage, cfg.scale_std, cfg.sigma)
-
-        # 4. log-probs, loss, update
-        grouped = lambda x: [x[i:i + cfg.group_size] for i in range(0, len(x), cfg.group_size)]
-        metrics = grpo_update(model, ref, encoder, optimizer, prompts, grouped(rollout.ids), adv,
-                              keep, cfg, grouped(rollout.logp))
-
-        # 5. log, save, look at the held-out rows
-        metrics |= describe(rollout, texts, each, everyone, keep, encoder, cfg)
-        seconds = time.time() - began
-        metrics |= {"step_time": seconds, "sample_time": sampled - began,
-                    "tokens_per_second": metrics["num_tokens"] / seconds,
-                    "peak_memory_gb": common.peak_memory_gb()}
-        done = step + 1
-        if cfg.eval_every and heldout and done % cfg.eval_every == 0 and done < cfg.max_steps:
-            metrics["eval_accuracy"] = evaluate(model, encoder, looks, cfg, f"step {done}",
-                                                FORM)["accuracy"]
-        if common.rank() == 0:
-            common.append(Path(cfg.out, "metrics.jsonl"), {"step": done, **metrics})
-            if cfg.log_rollouts_every and step % cfg.log_rollouts_every == 0:
-                common.append(Path(cfg.out, "rollouts.jsonl"), {
-                    "step": done, "id": batch[0]["id"], "label": batch[0]["label"],
-                    "prompt": common.render(batch[0], FORM, cfg.style),
-                    "answers": texts[:cfg.group_size],
-                    "rewards": {n: r[0].tolist() for n, r in each.items()},
-                    "advantages": adv[0].tolist(), "kept": keep[0].tolist()})
-            if done % cfg.save_every == 0 or done == cfg.max_steps:
-                common.save_state(cfg.out, model, optimizer, done, cfg, before=before,
-                                  replay=replay)
-        bar.set_postfix({k: f"{metrics.get(name, 0):.3g}" for k, name in (
-            ("reward", "reward"), ("acc", "rewards/accuracy/mean"), ("kl", "kl"))}, refresh=False)
-
-    # ------------------------------------------------------------------------------------- result
-    after = evaluate(model, encoder, heldout, cfg, "after", FORM) if heldout else None
-    if common.rank() == 0:
-        common.save_checkpoint(cfg.out, model, encoder, stage=STAGE, parent=cfg.model,
-                               step=max(start, cfg.max_steps), config=asdict(cfg),
-                               heldout={"before": before, "after": after})
-        print(f"wrote {cfg.out}/")
-    common.end_processes()
-
-
-def n_replay(cfg):
-    """Replayed texts a batch: the share --replay_ratio asks for, to the nearest whole prompt."""
-    captions, texts = map(int, cfg.replay_ratio.split(":"))
-    n = round(cfg.batch_size * texts / (captions + texts))
-    if n == cfg.batch_size or texts and n == 0:
-        raise SystemExit(f"--replay_ratio {cfg.replay_ratio} needs a larger --batch_size")
-    return n
-
-
-def mixed_batch(rows, replay, step, cfg):
-    """Captions, then replayed texts, in the same proportion in every batch."""
-    texts = common.batch_of(replay, step, n_replay(cfg), cfg.seed) if n_replay(cfg) else []
-    return common.batch_of(rows, step, cfg.batch_size - len(texts), cfg.seed) + texts
-
-
-def choose_replay(model, encoder, rows, cfg):
-    """The "high-quality" text rows of MSRL 4.2. UNSPECIFIED: how they are chosen. Ours are those
-    where the starting model names the label in both orders: label and judge vouch for each other,
-    so a noisy label, the usual fault of large text sets, is unlikely to be replayed."""
-    rows = common.batch_of(rows, 0, min(cfg.replay_candidates, len(rows)), cfg.seed)
-    preds = common.judge(model, encoder, rows, sample_group, FORM, batch_size=cfg.eval_batch,
-                         max_new_tokens=cfg.max_new_tokens, desc="choosing texts to replay")
-    wrong = {p["row"] for p in preds if p["pred"] != rows[p["row"]]["label"]}
-    good = [row for i, row in enumerate(rows) if i not in wrong]
-    if common.rank() == 0:
-        print(f"{cfg.replay}: {len(good)} of {len(rows)} rows good enough to replay, "
-              f"{n_replay(cfg)} of {cfg.batch_size} prompts in every batch")
-    if not good:
-        raise SystemExit(f"{cfg.replay}: {cfg.model} judges none of {len(rows)} rows right in both "
-                         "orders; start from a better model, or --replay_ratio 1:0")
-    return good
 
 
 if __name__ == "__main__":

@@ -19,46 +19,57 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 import common
+from common import knob
 from stage0_sft import finetune
-from stage1_text_grpo import knob, sample_group
+from stage1_text_grpo import sample_group
 from stage2_caption_grpo import HELDOUT
+
+STAGE = Path(__file__).stem
 
 
 @dataclass
 class Config:
-    model: str = knob("runs/stage2_caption_grpo", "teacher, and the student's starting point")
+    # the first five to turn
+    samples: int = knob(8, "n, rationales per row (paper: 8)")
+    lr: float = knob(2e-4, "AdamW, warm-up over 3 %% of the steps, then constant (paper: 2e-6)")
+    epochs: int = knob(3, "passes over the distilled rows (UNSPECIFIED; the released script: 1)")
+    batch_size: int = knob(32, "rows per optimiser step, over all processes (paper: 128)")
     data: str = knob("toy/caption_rl.jsonl:900,toy/text_rl.jsonl:300", "rows with media and "
                      "captions; text rows among them are distilled as they are. DEVIATION: the "
                      "paper has none. On the toy world text fell to 51 without, 98 with them")
+
+    # data
+    model: str = knob("runs/stage2_caption_grpo", "teacher, and the student's starting point")
     heldout: str = knob(HELDOUT, "rows judged before and after; '' for none")
     out: str = knob("runs/stage2b_cmkd", "run folder; the same command resumes it")
     seed: int = knob(0, "of sampling and of the order of rows and sides")
-    samples: int = knob(8, "n, rationales a row (paper: 8)")
-    temperature: float = knob(1.0, "of sampling (UNSPECIFIED)")
-    rollout_batch: int = knob(32, "rows sampled together, over all processes; results are written "
-                              "after each such batch")
     form: Literal["pixels", "caption"] = knob("pixels", "what the student is shown; the teacher "
                                               "reads captions")
-    freeze_vision: bool = knob(False, "freeze vision tower and projector (paper: no)")
-    epochs: int = knob(3, "passes over the distilled rows (UNSPECIFIED; the released script: 1)")
-    batch_size: int = knob(32, "rows an optimiser step, over all processes (paper: 128)")
-    micro_batch: int = knob(16, "rows a forward; changes memory, not the gradient")
-    lr: float = knob(2e-4, "AdamW, warm-up over 3 %% of the steps, then constant (paper: 2e-6)")
-    max_grad_norm: float = knob(1.0, "gradient norm clip")
+    frames: int = knob(8, "frames per video, evenly spaced")
+    max_tiles: int = knob(12, "tiles per image; fewer save memory")
     max_prompt_tokens: int = knob(2048, "longer prompts are skipped and counted, never cut")
-    max_new_tokens: int = knob(160, "of the sampled rationales, longer ones count as malformed; "
-                               "and of held-out answers")
-    frames: int = knob(8, "frames a video, evenly spaced")
-    max_tiles: int = knob(12, "tiles an image; fewer save memory")
-    gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
-    eval_batch: int = knob(128, "judgements decoded together")
-    save_every: int = knob(100, "steps between saved states")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
     exclude: str = knob("", "benchmark files; training rows that are in them too are left out "
                         "(the paper's S1 is built from VL-RewardBench's sources)")
+
+    # sampling
+    temperature: float = knob(1.0, "of sampling (UNSPECIFIED)")
+    max_new_tokens: int = knob(160, "of the sampled rationales, longer ones count as malformed; "
+                               "and of held-out answers")
+    rollout_batch: int = knob(32, "rows sampled together, over all processes; results are written "
+                              "after each such batch")
+
+    # optimiser
+    micro_batch: int = knob(16, "rows per forward; changes memory, not the gradient")
+    max_grad_norm: float = knob(1.0, "gradient norm clip")
+    freeze_vision: bool = knob(False, "freeze vision tower and projector (paper: no)")
+    gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
+
+    # looks at the held-out rows, and saved states
+    eval_batch: int = knob(128, "judgements decoded together")
+    save_every: int = knob(100, "steps between saved states")
 
 
 PAPER = dict(data="runs/stage2_caption_grpo/captioned.jsonl", heldout="", lr=2e-6,
@@ -69,15 +80,15 @@ PAPER = dict(data="runs/stage2_caption_grpo/captioned.jsonl", heldout="", lr=2e-
 def select(texts, confidences):
     """n sampled answers of one row and the confidence of each -> (index of o*, None), or (None,
     why the row is dropped). Sees no label."""
-    verdicts = [common.parse(t).verdict for t in texts]
-    votes = Counter(v for v in verdicts if v is not None)
+    answers = [common.parse(text) for text in texts]
+    votes = Counter(answer.verdict for answer in answers if answer.verdict is not None)
     if not votes:
         return None, "no verdict"
     if votes["A"] == votes["B"]:  # UNSPECIFIED: mode() of a tie; without a majority no pseudo-label
         return None, "tie"
-    pseudo = votes.most_common(1)[0][0]                                   # 1) w^ = mode(w_1..w_n)
-    agree = [j for j, v in enumerate(verdicts) if v == pseudo]            #    the others go
-    formed = [j for j in agree if common.parse(texts[j]).well_formed]     # 2) format
+    pseudo_label = votes.most_common(1)[0][0]                             # 1) w^ = mode(w_1..w_n)
+    agreeing = [j for j, answer in enumerate(answers) if answer.verdict == pseudo_label]
+    formed = [j for j in agreeing if answers[j].well_formed]              # 2) format
     if not formed:
         return None, "malformed"
     return max(formed, key=lambda j: confidences[j]), None                # 3) most confident
@@ -88,61 +99,62 @@ def distill(model, encoder, rows, cfg):
     killed run goes on where it was. UNSPECIFIED: what confidence is; ours is the mean log-prob of
     an answer's tokens, end-of-sequence included. -> a list parallel to rows."""
     device = next(model.parameters()).device
-    path = Path(cfg.out, "samples.jsonl")
-    made_by = {k: getattr(cfg, k) for k in ("model", "seed", "samples", "temperature", "frames",
-                                            "rollout_batch", "max_new_tokens", "max_tiles")}
-    mark = common.mark_of({**made_by, "checkpoint": common.stamps(cfg.model)}, rows)
-    was, *done = common.whole_lines(path) or [mark]
-    if was != mark:
-        raise SystemExit(f"{path} was sampled by {was[0]}, or from other rows. Take another --out, "
-                         "or delete it.")
-    if len(done) < len(rows):
-        done = done[:len(done) // cfg.rollout_batch * cfg.rollout_batch]  # whole batches
-    if common.rank() == 0:
-        common.write_lines(path, [mark, *done])
-    for at in tqdm(range(len(done), len(rows), cfg.rollout_batch), unit="batch", mininterval=1,
-                   desc="sampling rationales", disable=common.rank() > 0):
-        mine = range(at + common.rank(), min(at + cfg.rollout_batch, len(rows)), common.world())
+    settings = ("model", "seed", "samples", "temperature", "frames", "rollout_batch",
+                "max_new_tokens", "max_tiles")
+    made_by = {name: getattr(cfg, name) for name in settings}
+    made_by["checkpoint"] = common.stamps(cfg.model)
+
+    def sample(batch, at):
+        mine = range(common.rank(), len(batch), common.world())
+        prompts = [encoder(batch[i], "caption") for i in mine]
         generator = torch.Generator(device).manual_seed(
             (cfg.seed * 1_000_003 + at) * 1009 + common.rank())
-        some = []
-        if mine:
-            answers = sample_group(model, encoder, [encoder(rows[i], "caption") for i in mine],
-                                   cfg.samples, cfg.temperature, cfg.max_new_tokens, generator)
-        for k, i in enumerate(mine):
-            its = slice(k * cfg.samples, (k + 1) * cfg.samples)
-            some.append({"row": i, "id": rows[i]["id"],
-                         "texts": [encoder.decode(ids) for ids in answers.ids[its]],
-                         "confidences": [sum(p) / len(p) for p in answers.logp[its]]})
-        some = sorted(common.gather_list(some), key=lambda s: s["row"])
-        done += some
-        if common.rank() == 0:
-            for s in some:
-                common.append(path, s)
-    return done
+        samples = []
+        if prompts:
+            rollout = sample_group(model, encoder, prompts, cfg.samples, cfg.temperature,
+                                   cfg.max_new_tokens, generator)
+            for i, ids, logps in zip(mine, rollout.ids, rollout.logp, strict=True):
+                samples.append({"row": at + i, "id": batch[i]["id"],
+                                "texts": [encoder.decode(answer) for answer in ids],
+                                "confidences": [sum(logp) / len(logp) for logp in logps]})
+        return sorted(common.gather_list(samples), key=lambda s: s["row"])
+    return common.resumed(Path(cfg.out, "samples.jsonl"), made_by, rows, sample, cfg.rollout_batch,
+                          "sampling rationales")
 
 
 def distilled(rows, samples):
     """-> rows whose label is the pseudo-label and whose rationale is o*'s, and the report."""
     kept, counts = [], Counter(rows=len(rows))
     right = 0
-    for row, s in zip(rows, samples):
-        best, why = select(s["texts"], s["confidences"])
+    for row, sample in zip(rows, samples, strict=True):
+        best, why = select(sample["texts"], sample["confidences"])
         counts[why or "kept"] += 1
         if best is None:
             continue
-        text = s["texts"][best]
+        text = sample["texts"][best]
         label = common.parse(text).verdict
         right += label == row["label"]  # for information only
-        kept.append({**row, "label": label, "confidence": s["confidences"][best],
+        kept.append({**row, "label": label, "confidence": sample["confidences"][best],
                      "rationale": text.partition("<think>")[2].partition("</think>")[0].strip()})
     return kept, {**counts, "pseudo-label accuracy": right / max(len(kept), 1)}
+
+
+def caption_text(row):
+    """`<caption>` as it stands before the reasoning; '' for a text row. UNSPECIFIED: how two
+    captions are put down; ours are named like the candidates."""
+    captions = row["captions"]
+    if not row["media"]:
+        return ""
+    if len(captions) == 2:
+        name = "Video" if row["task"].startswith("video") else "Image"
+        captions = [f"{name} A: {captions[0]}", f"{name} B: {captions[1]}"]
+    return "<caption>\n" + "\n".join(captions) + "\n</caption>\n"
 
 
 def target_text(row):
     """[c, o*]: the caption, then the rationale and the verdict."""
     think = f"<think>\n{row['rationale']}\n</think>\n<answer>\n{row['label']}\n</answer>"
-    return common.caption_text(row) + think
+    return caption_text(row) + think
 
 
 def main():
@@ -152,30 +164,32 @@ def main():
     if common.trained_style(cfg.model) != "msrl":
         raise SystemExit(f"{cfg.model} was trained with --style r1; a <caption> belongs to MSRL's "
                          "templates only.")
-    model, encoder = common.load(cfg.model, device, made_by="python stage2_caption_grpo.py",
-                                 frames=cfg.frames, max_tiles=cfg.max_tiles)
+    model, encoder = common.load(cfg.model, device, made_by=Config.model, frames=cfg.frames,
+                                 max_tiles=cfg.max_tiles)
     # both forms are checked now, not after hours of sampling: the student's, then the teacher's
-    seen = common.load_rows(cfg.data, encoder, cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows,
-                            cfg.exclude)
-    rows = [r for r in seen if r["captions"] or not r["media"]]
+    limits = cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows
+    loaded = common.load_rows(cfg.data, encoder, *limits, cfg.exclude)
+    rows = [row for row in loaded if row["captions"] or not row["media"]]
     if not rows:
         raise SystemExit(f"{cfg.data}: no row has captions; --captioner of stage 2 makes them.")
-    if common.rank() == 0 and len(rows) < len(seen):
-        print(f"{len(seen) - len(rows)} rows without captions left out")
+    if common.rank() == 0 and len(rows) < len(loaded):
+        print(f"{len(loaded) - len(rows)} rows without captions left out")
     # the sides by a coin: the teacher may have a favourite, the labels' order is not to be trusted
-    rows = [common.swap(r) if common.coin("cmkd", cfg.seed, r["id"]) else r for r in rows]
+    for i, row in enumerate(rows):
+        if common.coin("cmkd", cfg.seed, row["id"]):
+            rows[i] = common.swap(row)
     rows, report = distilled(rows, distill(model, encoder, rows, cfg))
-    if common.rank() == 0:
-        print("distilled: " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
-                                        for k, v in report.items()))
-        common.write_lines(Path(cfg.out, "cmkd.jsonl"), [
-            {**r, "media": [str(Path(m).resolve()) for m in r["media"]]} for r in rows])
     if not rows:
         raise SystemExit(f"{cfg.model} gave no usable rationale: {report}; see samples.jsonl")
-    heldout = common.load_rows(cfg.heldout, encoder, cfg.form, cfg.max_prompt_tokens,
-                               cfg.skip_bad_rows) if cfg.heldout else []
-    finetune(model, encoder, rows, target_text, heldout, state, cfg, stage="stage2b_cmkd",
-             may_swap=lambda row: False)  # o* is what the teacher wrote about this order
+    for row in rows:
+        row["media"] = [str(Path(path).resolve()) for path in row["media"]]
+    if common.rank() == 0:
+        print("distilled: " + ", ".join(f"{name} {n:.4g}" for name, n in report.items()))
+        common.write_lines(Path(cfg.out, "cmkd.jsonl"), rows)
+    heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
+    finetune(model, encoder, rows, target_text, heldout, state, cfg, STAGE,
+             may_swap=lambda row: False,  # o* is what the teacher wrote about this order
+             sample=sample_group)
     common.end_processes()
 
 
