@@ -27,6 +27,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -370,18 +371,6 @@ def as_ab(text, style):
     return re.sub(r"(?<=<answer>)(\s*)([12AB])(?=\s*</answer>)", letter, text)
 
 
-def in_style(text, style):
-    """The other way round, for an answer that is to be learned: in style "r1" 1 and 2 stand for A
-    and B, in the verdict and wherever a candidate is named."""
-    if style == "msrl":
-        return text
-
-    def with_digits(match):
-        return re.sub(r"\b[AB]\b", lambda side: {"A": "1", "B": "2"}[side[0]], match[0])
-    named = r"(?:<answer>\s*|\b(?i:response|answer|assistant|chatbot)s? )[AB]\b"
-    return re.sub(named + r"(?: (?:and|or) [AB]\b)?", with_digits, text)
-
-
 def parse(text, style="msrl"):
     """The text of an answer -> Answer. Strict on purpose. Released parsers search for substrings,
     so "Response B, not A" can be read either way and a policy learns to write both; here two
@@ -589,7 +578,7 @@ def check_text(name, text, forbidden):
                          "text; remove it from the text")
 
 
-_SIDES = re.compile(r"\b((?i:Response|Assistant|Chatbot|Image|Video)) ([AB])\b")
+SIDES_IN_RATIONALE = re.compile(r"\b((?i:Response|Assistant|Chatbot|Image|Video)) ([AB])\b")
 
 
 def swap(row):
@@ -600,17 +589,9 @@ def swap(row):
         if row[key] and len(row[key]) == 2:
             swapped[key] = row[key][::-1]
     if row.get("rationale"):
-        swapped["rationale"] = _SIDES.sub(lambda m: f"{m[1]} {OTHER[m[2]]}", row["rationale"])
+        swapped["rationale"] = SIDES_IN_RATIONALE.sub(
+            lambda m: f"{m[1]} {OTHER[m[2]]}", row["rationale"])
     return swapped
-
-
-def can_swap(row):
-    """False if the rationale names a side in a way that swap() does not change: a bare "B", an "A"
-    that is no article, "the first response"."""
-    without_known_names = _SIDES.sub("", row.get("rationale") or "")
-    return not re.search(r"\bB\b|(?<=[a-z] )A\b|\bA\b(?=['’.,:)])|\b(?i:former|latter)\b|"
-                         r"\b(?i:first|second) (?i:response|answer|one|image|video)\b",
-                         without_known_names)
 
 
 def coin(*key):
@@ -1031,16 +1012,12 @@ def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_
     """
     quiet = quiet or rank() > 0
     excluded = fingerprints(exclude)
-    rows, bad, counts = [], Counter(), Counter()
-    for source in sources.split(","):
-        sample = re.fullmatch(r"(.+):(\d+)", source)
-        source, wanted = (sample[1], int(sample[2])) if sample else (source, math.inf)
-        taken = 0
-        raws = raw_rows(source, shuffle=sample is not None)  # a sample is the same in every run
-        for where, raw in tqdm(raws, desc=f"reading {source}", unit=" rows", disable=quiet,
-                               mininterval=1, leave=False):
-            if taken >= wanted:
-                break
+    bad, counts = Counter(), Counter()
+
+    def usable(source, shuffle):
+        """Yield the rows of one source, and count what is left out."""
+        for where, raw in tqdm(raw_rows(source, shuffle), desc=f"reading {source}", unit=" rows",
+                               disable=quiet, mininterval=1, leave=False):
             try:
                 candidates = list(checked(raw, where, Path(source).parent, encoder, form))
             except BadRow as e:
@@ -1054,11 +1031,20 @@ def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_
                     counts["too long"] += 1
                 elif excluded and fingerprint(row) in excluded:
                     counts["excluded"] += 1
-                elif taken < wanted:
-                    rows.append({**row, "source": row.get("source") or source})
-                    taken += 1
-        if taken < wanted < math.inf and not quiet:
-            print(f"{source} has {taken} rows to give, not {wanted}")
+                else:
+                    yield {**row, "source": row.get("source") or source}
+
+    rows = []
+    for source in sources.split(","):
+        sample = re.fullmatch(r"(.+):(\d+)", source)  # the same sample in every run
+        if sample is None:
+            rows += usable(source, shuffle=False)
+            continue
+        wanted = int(sample[2])
+        taken = list(islice(usable(sample[1], shuffle=True), wanted))
+        rows += taken
+        if len(taken) < wanted and not quiet:
+            print(f"{sample[1]} has {len(taken)} rows to give, not {wanted}")
     summary = f"{sources}: {len(rows)} rows"
     if bad:
         summary += f", {bad.total()} bad rows skipped {dict(bad.most_common(5))}"
@@ -1634,23 +1620,14 @@ def sum_over_ranks(*values):
 
 
 def sum_gradients(parameters):
-    """Sum gradients over processes, bucketed. A parameter this rank did not use counts as zero, so
-    ranks with different kinds of rows cannot hang on one another."""
+    """Sum gradients over processes. A parameter this rank did not use counts as zero, so ranks with
+    different kinds of rows cannot hang on one another."""
     if world() == 1:
         return
-    bucket, size = [], 0
-    for i, parameter in enumerate(parameters):
+    for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        bucket.append(parameter.grad)
-        size += parameter.numel()
-        if size > 25_000_000 or i == len(parameters) - 1:
-            flat = torch.cat([gradient.flatten() for gradient in bucket])
-            dist.all_reduce(flat)
-            sizes = [gradient.numel() for gradient in bucket]
-            for gradient, total in zip(bucket, flat.split(sizes), strict=True):
-                gradient.copy_(total.view_as(gradient))
-            bucket, size = [], 0
+        dist.all_reduce(parameter.grad)
 
 
 # The optimiser: the same in every script that trains.

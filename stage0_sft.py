@@ -10,6 +10,7 @@ The loss is the mean negative log-likelihood of the answer's tokens, its end-of-
 included and the prompt's tokens not.
 """
 
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,12 +64,25 @@ PAPER = dict(model="OpenGVLab/InternVL3_5-8B-HF", data="nvidia/HelpSteer3", held
              gradient_checkpointing=True)
 
 
+def answer_nll(model, ids, mask, labels, pixels):
+    """-> summed negative log-likelihood of the answer tokens, and how many there are."""
+    media = {} if pixels is None else {"pixel_values": pixels}
+    # the head is applied from the first column on that any answer has
+    keep = labels.shape[1] - int((labels >= 0).any(0).nonzero()[0])
+    with common.autocast(ids.device):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False,
+                       logits_to_keep=keep + 1, **media).logits                # [b, keep+1, V]
+    nll = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, -keep:].flatten(),
+                          ignore_index=-100, reduction="sum")
+    return nll, (labels >= 0).sum().item()
+
+
 def target_text(row, target, style="msrl"):
     """What the model learns to answer."""
     answer = f"<answer>\n{row['label']}\n</answer>"                        # w = l in Eq. 2
     if target == "rationale":
         answer = f"<think>\n{row['rationale'].strip()}\n</think>\n{answer}"
-    return common.in_style(answer, style)
+    return in_style(answer, style)
 
 
 def collate(prompts, answers, pad_id, device):
@@ -86,19 +100,6 @@ def collate(prompts, answers, pad_id, device):
             pixels.append(prompt.pixels)
     return (torch.tensor(ids, device=device), torch.tensor(mask, device=device),
             torch.tensor(labels, device=device), torch.cat(pixels).to(device) if pixels else None)
-
-
-def answer_nll(model, ids, mask, labels, pixels):
-    """-> summed negative log-likelihood of the answer tokens, and how many there are."""
-    media = {} if pixels is None else {"pixel_values": pixels}
-    # the head is applied from the first column on that any answer has
-    keep = labels.shape[1] - int((labels >= 0).any(0).nonzero()[0])
-    with common.autocast(ids.device):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False,
-                       logits_to_keep=keep + 1, **media).logits                # [b, keep+1, V]
-    nll = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, -keep:].flatten(),
-                          ignore_index=-100, reduction="sum")
-    return nll, (labels >= 0).sum().item()
 
 
 def finetune(model, encoder, rows, target, heldout, state, cfg, stage, may_swap, sample):
@@ -181,10 +182,31 @@ def main():
         return target_text(row, cfg.target, cfg.style)
 
     def may_swap(row):
-        return cfg.target == "label" or common.can_swap(row)
+        return cfg.target == "label" or can_swap(row)
     finetune(model, encoder, rows, target, heldout, state, cfg, STAGE, may_swap,
              generate_greedily)
     common.end_processes()
+
+
+def in_style(text, style):
+    """An answer that is to be learned, in the style that is asked for: in "r1" 1 and 2 stand for A
+    and B, in the verdict and wherever a candidate is named."""
+    if style == "msrl":
+        return text
+
+    def with_digits(match):
+        return re.sub(r"\b[AB]\b", lambda side: {"A": "1", "B": "2"}[side[0]], match[0])
+    named = r"(?:<answer>\s*|\b(?i:response|answer|assistant|chatbot)s? )[AB]\b"
+    return re.sub(named + r"(?: (?:and|or) [AB]\b)?", with_digits, text)
+
+
+def can_swap(row):
+    """False if the rationale names a side in a way that swap() does not change: a bare "B", an "A"
+    that is no article, "the first response"."""
+    rest = common.SIDES_IN_RATIONALE.sub("", row.get("rationale") or "")
+    return not re.search(r"\bB\b|(?<=[a-z] )A\b|\bA\b(?=['’.,:)])|\b(?i:former|latter)\b|"
+                         r"\b(?i:first|second) (?i:response|answer|one|image|video)\b",
+                         rest)
 
 
 @torch.no_grad()

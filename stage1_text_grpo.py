@@ -8,7 +8,7 @@ filter (R1-Reward 4.1). Vision tower and projector stay frozen.
 One step, for B prompts with G answers each:
 
     sample    G answers per prompt; the prompt is run once, its cache is shared      sample_group
-    reward    format + accuracy                                          Eq. 4       score_answers
+    reward    format + accuracy, from stage 2 on + task                  Eq. 4       score_answers
     advantage (r - mean of the group) / std of the group                 [GRPO]      advantages
     log-probs [prompt | answer 1 | ... | answer G] as one sequence                   packed_logps
     loss      PPO clip on the pre-clipped ratio + beta * KL to the start Eq. 3       grpo_loss
@@ -30,12 +30,12 @@ from typing import Literal
 import torch
 
 import common
-from common import accuracy_reward, format_reward, knob, sum_over_ranks
+from common import knob, sum_over_ranks
 
 HELDOUT = "toy/heldout_text.jsonl"
 STAGE = Path(__file__).stem
 FORM = "pixels"  # how rows with media are shown; text rows have none
-REWARDS = {"format": format_reward, "accuracy": accuracy_reward}
+REWARDS = {"format": common.format_reward, "accuracy": common.accuracy_reward}
 # Weights of the rewards. task_reward is 0 or 0.2, and counts from stage 2 on.
 SCHEMES = {"paper": {"format": 1.0, "accuracy": 1.0, "task": 1.0},   # Eq. 4; MSRL 4.2
            "script": {"format": 0.2, "accuracy": 1.0, "task": 0.2},  # the released train_*_grpo.sh
@@ -198,10 +198,10 @@ def grpo_update(model, ref, encoder, optimizer, prompts, answers, advantage, kee
                                                 cfg.temperature)                       # [b, S]
             if update == 0:
                 old[at] = logp.detach()
-                if ref is not None:
-                    with torch.no_grad():
-                        reference[at] = packed_logps(ref, encoder, prompts[part], answers[part],
-                                                     cfg.temperature)[0]
+            if update == 0 and ref is not None:
+                with torch.no_grad():
+                    reference[at] = packed_logps(ref, encoder, prompts[part], answers[part],
+                                                 cfg.temperature)[0]
             loss, stats = grpo_loss(
                 logp, old[at], reference.get(at), per_token(advantage[part], owner),
                 per_token(weight[part], owner), cfg.clip_low, cfg.clip_high, cfg.pre_clip, cfg.beta)

@@ -8,7 +8,7 @@ naming the task in <type> earns 0.2, and every batch replays some text rows of s
 One step, for B prompts with G answers each:
 
     sample    G answers per prompt; the prompt is run once, its cache is shared      sample_group
-    reward    format + accuracy + task recognition                       MSRL 4.2    score_answers
+    reward    format + accuracy, from stage 2 on + task                  Eq. 4       score_answers
     advantage (r - mean of the group) / std of the group                 [GRPO]      advantages
     log-probs [prompt | answer 1 | ... | answer G] as one sequence                   packed_logps
     loss      PPO clip on the pre-clipped ratio + beta * KL to the start Eq. 3       grpo_loss
@@ -21,7 +21,6 @@ vocabulary, S = the lengths of one prompt's G answers added up; `b` is B within 
 
 import copy
 import math
-import re
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -31,12 +30,14 @@ from typing import Literal
 import torch
 
 import common
-from common import accuracy_reward, format_reward, knob, sum_over_ranks, task_reward
+from common import knob, sum_over_ranks
 
 HELDOUT = ",".join(f"toy/heldout_{task}.jsonl:100" for task in common.TASKS)
 STAGE = Path(__file__).stem
 FORM = "caption"  # how rows with media are shown; text rows have none
-REWARDS = {"format": format_reward, "accuracy": accuracy_reward, "task": task_reward}
+REWARDS = {"format": common.format_reward,
+           "accuracy": common.accuracy_reward,
+           "task": common.task_reward}
 # Weights of the rewards. task_reward is 0 or 0.2, and counts from stage 2 on.
 SCHEMES = {"paper": {"format": 1.0, "accuracy": 1.0, "task": 1.0},   # Eq. 4; MSRL 4.2
            "script": {"format": 0.2, "accuracy": 1.0, "task": 0.2},  # the released train_*_grpo.sh
@@ -209,10 +210,10 @@ def grpo_update(model, ref, encoder, optimizer, prompts, answers, advantage, kee
                                                 cfg.temperature)                       # [b, S]
             if update == 0:
                 old[at] = logp.detach()
-                if ref is not None:
-                    with torch.no_grad():
-                        reference[at] = packed_logps(ref, encoder, prompts[part], answers[part],
-                                                     cfg.temperature)[0]
+            if update == 0 and ref is not None:
+                with torch.no_grad():
+                    reference[at] = packed_logps(ref, encoder, prompts[part], answers[part],
+                                                 cfg.temperature)[0]
             loss, stats = grpo_loss(
                 logp, old[at], reference.get(at), per_token(advantage[part], owner),
                 per_token(weight[part], owner), cfg.clip_low, cfg.clip_high, cfg.pre_clip, cfg.beta)
@@ -344,9 +345,10 @@ def main():
 # --- what stage 2 adds: replay --------------------------------------------------------------------
 def n_replay(cfg):
     """Replayed texts per batch: the share --replay_ratio asks for, to the nearest whole prompt."""
-    if not re.fullmatch(r"[1-9]\d*:\d+", cfg.replay_ratio):
+    captions, _, texts = cfg.replay_ratio.partition(":")
+    if not (captions.isdecimal() and texts.isdecimal() and int(captions)):
         raise ValueError("--replay_ratio is captions:text, as 5:1 or 1:0")
-    captions, texts = map(int, cfg.replay_ratio.split(":"))
+    captions, texts = int(captions), int(texts)
     n = round(cfg.batch_size * texts / (captions + texts))
     if n == cfg.batch_size or texts and n == 0:
         raise ValueError(f"--replay_ratio {cfg.replay_ratio} needs a larger --batch_size")

@@ -8,7 +8,7 @@ too, an answer starts with a <caption> of what it saw, and naming the task in <t
 One step, for B prompts with G answers each:
 
     sample    G answers per prompt; the prompt is run once, its cache is shared      sample_group
-    reward    format + accuracy + task recognition                       MSRL 4.3    score_answers
+    reward    format + accuracy, from stage 2 on + task                  Eq. 4       score_answers
     advantage (r - mean of the group) / std of the group                 [GRPO]      advantages
     log-probs [prompt | answer 1 | ... | answer G] as one sequence                   packed_logps
     loss      PPO clip on the pre-clipped ratio + beta * KL to the start Eq. 3       grpo_loss
@@ -30,13 +30,14 @@ from typing import Literal
 import torch
 
 import common
-from common import (accuracy_reward, caption_format_reward, format_reward, knob, sum_over_ranks,
-                    task_reward)
+from common import knob, sum_over_ranks
 
 HELDOUT = ",".join(f"toy/heldout_{task}.jsonl:100" for task in common.TASKS)
 STAGE = Path(__file__).stem
 FORM = "pixels"  # how rows with media are shown; text rows have none
-REWARDS = {"format": caption_format_reward, "accuracy": accuracy_reward, "task": task_reward}
+REWARDS = {"format": common.caption_format_reward,
+           "accuracy": common.accuracy_reward,
+           "task": common.task_reward}
 # Weights of the rewards. task_reward is 0 or 0.2, and counts from stage 2 on.
 SCHEMES = {"paper": {"format": 1.0, "accuracy": 1.0, "task": 1.0},   # Eq. 4; MSRL 4.2
            "script": {"format": 0.2, "accuracy": 1.0, "task": 0.2},  # the released train_*_grpo.sh
@@ -201,10 +202,10 @@ def grpo_update(model, ref, encoder, optimizer, prompts, answers, advantage, kee
                                                 cfg.temperature)                       # [b, S]
             if update == 0:
                 old[at] = logp.detach()
-                if ref is not None:
-                    with torch.no_grad():
-                        reference[at] = packed_logps(ref, encoder, prompts[part], answers[part],
-                                                     cfg.temperature)[0]
+            if update == 0 and ref is not None:
+                with torch.no_grad():
+                    reference[at] = packed_logps(ref, encoder, prompts[part], answers[part],
+                                                 cfg.temperature)[0]
             loss, stats = grpo_loss(
                 logp, old[at], reference.get(at), per_token(advantage[part], owner),
                 per_token(weight[part], owner), cfg.clip_low, cfg.clip_high, cfg.pre_clip, cfg.beta)
@@ -262,7 +263,7 @@ def main():
     del state
     functions = dict(REWARDS)
     if cfg.style == "r1":
-        functions["format"] = format_reward  # R1-Reward's prompt asks for no caption
+        functions["format"] = common.format_reward  # R1-Reward's prompt asks for no caption
     if cfg.reward == "r1":
         functions["consistency"] = common.consistency_reward(cfg.referee, sample_group, device,
                                                              cfg.style)
