@@ -91,7 +91,7 @@ def example(folder, task):
     return row | {"media": [str(folder / medium) for medium in row["media"]]}
 
 
-# ------------------------------------------------------------------------------------------- media
+# -------------------------------------------------------------------------------------------- media
 def picture(colour, size=(40, 30)):
     return Image.new("RGB", size, colour)
 
@@ -132,10 +132,10 @@ def run_here(main, args):
         main()
 
 
-def run_there(args, check=True):
-    """python ARGS in a process of its own."""
-    done = subprocess.run([sys.executable, *map(str, args)], env=ENV, cwd=ROOT, timeout=300,
-                          capture_output=True, text=True)
+def run_there(args, check=True, **variables):
+    """python ARGS in a process of its own, with these variables in its environment."""
+    done = subprocess.run([sys.executable, *map(str, args)], env=ENV | variables, cwd=ROOT,
+                          timeout=300, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -156,7 +156,7 @@ def rejects(check, *args):
         check(*args)
 
 
-# ------------------------------------------------------------------------------------ small worlds
+# ------------------------------------------------------------------------------------- small worlds
 def small_world(folder, seed=0, **sizes):
     """toy_world's files with this many rows each; files that are not named have one row."""
     every = dict.fromkeys(toy_world.SIZES, 1) | sizes
@@ -164,7 +164,7 @@ def small_world(folder, seed=0, **sizes):
     return folder
 
 
-# ------------------------------------------------------------------------------------ small models
+# ------------------------------------------------------------------------------------- small models
 def text_only_model(tokenizer, tie_word_embeddings):
     """A causal language model without a vision tower, untrained."""
     return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(

@@ -198,7 +198,7 @@ def test_no_such_data(encoder, tmp_path, monkeypatch):
         assert str(stop.value).startswith(source) and complaint in str(stop.value)
 
 
-# ---------------------------------------------------------------------------------- folders of a run
+# --------------------------------------------------------------------------------- folders of a run
 def test_unwritable_run_folder(tmp_path):
     """Found at once, not after an hour. (Permissions do not bind root, a file in the way does.)
     kills: mkdir() without an except; checking only when --out is used."""
@@ -229,7 +229,7 @@ def test_garbage_for_a_saved_state(tmp_path):
     assert "state.pt" in str(stop.value)
 
 
-# ----------------------------------------------------------------------------------- forged markup
+# ------------------------------------------------------------------------------------ forged markup
 MARKUP = ["<image>", "<video>", "<img>", "</img>", "<IMG_CONTEXT>", "<|im_start|>", "<|im_end|>",
           "<|endoftext|>", "<think>", "</think>", "<answer>", "</answer>", "<type>", "</type>",
           "<caption>", "</caption>", "[The Start of Assistant B's Response]",

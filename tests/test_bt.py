@@ -98,7 +98,7 @@ def test_packed_scores_equal_each_response_alone(world, loaded, length_norm):
     assert max(map(max, got)) - min(map(min, got)) > 0.1  # the tolerance is a small one
 
 
-# ------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 def test_reformulated_generation_rows_are_label_true_and_balanced(world, loaded):
     # kills: the texts exchanged, no swap of the media, labels left behind
     _, encoder = loaded
@@ -166,7 +166,7 @@ def test_length_balance():
     assert len({r["id"] for r in kept}) == 9 and 12 in {r["id"] for r in kept}
 
 
-# --------------------------------------------------------------------------------------- curation
+# ----------------------------------------------------------------------------------------- curation
 @pytest.mark.parametrize("strengths, want", [
     ([3, -1, -5, -2, 0, -4], {2, 5}), ([-1, -3, -2], {1}), ([-1], set()), ([1, 2, 0], set())])
 def test_the_lower_half_of_the_negatives_is_flipped(strengths, want):
@@ -316,7 +316,7 @@ def test_a_judge_as_the_reward_of_a_group(monkeypatch):
     assert get("hybrid", "b") == pytest.approx([1, 1, 0.5 / 3, 1 / 3])
 
 
-# --------------------------------------------------------------------------- debiased construction
+# ---------------------------------------------------------------------------- debiased construction
 def scored(*scores, weights=(0.5, 0.1, 0.1, 0.1, 0.1, 0.1)):
     return "So: " + json.dumps([{"weights": weights, "scores": s} for s in scores]) + " ."
 
@@ -380,7 +380,7 @@ def test_construction_with_a_teacher_by_hand(monkeypatch, loaded, world, quality
         common.check_row(pair, ".")
 
 
-# ------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 def flags(world, out, **more):
     args = {"model": toy_world.PREBUILT, "data": f"{world}/text_rl.jsonl,{world}/mm_rl.jsonl",
             "heldout": f"{world}/heldout_text.jsonl", "out": out, "batch_size": 4,

@@ -62,7 +62,7 @@ def scored(run, benchmark, data, preds, *more):
                "--json", *more)
 
 
-# ------------------------------------------------------------- rows in the benchmarks' own schemas
+# -------------------------------------------------------------- rows in the benchmarks' own schemas
 def vl(id, better=0, **more):
     return {"id": id, "query": f"question {id}?", "query_source": "", "image": "images/i.png",
             "response": ["good one", "bad one"][::1 - 2 * better],
@@ -111,7 +111,7 @@ def sharegpt(id, video):
             "rejected": "bad"}
 
 
-# ------------------------------------------------------------------------------------ hand-worked
+# -------------------------------------------------------------------------------------- hand-worked
 def test_vl_rewardbench(run):
     """kills: groups by query_source; 'hallucination_...' in general; null left out of the mean; a
     missing row left out; human_ranking read as the index of the better; macro over rows."""
@@ -473,7 +473,7 @@ def test_bad_benchmark_rows_are_named(run, benchmark, data, says):
         scored(run, benchmark, write("data.json", data), [{"id": "a", "pred": "A"}])
 
 
-# ---------------------------------------------------------------------------------------- judging
+# ------------------------------------------------------------------------------------------ judging
 class Judge:
     """Stands for model, encoder and sample_group: say(prompt, vote) -> answer text."""
     forbidden, image_token_id = common.FORBIDDEN, None
@@ -696,7 +696,7 @@ def test_votes_and_orders_of_a_real_model(run):
     assert got["vote"].keys() == {"1", "2"}
 
 
-# ----------------------------------------------------------------------------------------- ranking
+# ------------------------------------------------------------------------------------------ ranking
 @pytest.fixture
 def reward_models(monkeypatch):
     """Two Bradley-Terry checkpoints whose score is the number in the text, and ten times it."""
@@ -913,7 +913,7 @@ def test_the_page_in_a_browser(run):
     assert title.startswith("vl_rewardbench") and dom.count("<details") == 1
 
 
-# ------------------------------------------------------------------------------------- attempts
+# ----------------------------------------------------------------------------------------- attempts
 def test_attempts_count_until_the_first_right_answer(tmp_path, monkeypatch):
     # kills: counted from 0, the last right one, K for never, labels of the unswapped row, the
     # swapped row written (its rationale names a bare B, which no swap follows), judged again

@@ -1,6 +1,6 @@
 """
-Judging and scoring: both orders, votes, and the figures that summarize() makes of verdicts. "kills:"
-names plausible wrong versions of the source that make a test fail.
+Judging and scoring: both orders, votes, and the figures that summarize() makes of verdicts.
+"kills:" names plausible wrong versions of the source that make a test fail.
 """
 
 import itertools
@@ -175,7 +175,8 @@ def test_judge_shows_both_orders(votes):
     places = [(p["row"], p["order"], p["sample"]) for p in preds]
     assert places == list(itertools.product(range(11), ("AB", "BA"), range(votes)))
     assert all(p["pred"] == rows[p["row"]]["label"] and p["id"] == f"r{p['row']}" for p in preds)
-    assert figures(common.summarize, preds, "accuracy", "order_flips", "share_a", rows=rows) == (1, 0, 0.5)
+    got = figures(common.summarize, preds, "accuracy", "order_flips", "share_a", rows=rows)
+    assert got == (1, 0, 0.5)
     assert sum(c[0] for c in calls) == 22 and len({c[3] for c in calls}) == len(calls) == 6
     assert {c[1:3] for c in calls} == {(votes, 0.0 if votes == 1 else 1.0)}
 
@@ -185,7 +186,8 @@ def test_judge_gives_a_position_bias_one_half():
     rows = judged_rows()
     preds, _ = judge_with(lambda prompt, vote: thinks("A"), rows)
     assert all(p["pred"] == ("A" if p["order"] == "AB" else "B") for p in preds)
-    assert figures(common.summarize, preds, "accuracy", "order_flips", "share_a", rows=rows) == (0.5, 1, 1)
+    got = figures(common.summarize, preds, "accuracy", "order_flips", "share_a", rows=rows)
+    assert got == (0.5, 1, 1)
 
 
 def test_judge_takes_the_majority():
@@ -206,4 +208,5 @@ def test_judge_of_nonsense():
     rows = judged_rows()
     preds, _ = judge_with(lambda prompt, vote: "Both are good.", rows)
     assert all(p["pred"] is None and p["text"] == "Both are good." for p in preds)
-    assert figures(common.summarize, preds, "accuracy", "unparsable", "format", rows=rows) == (0, 1, 0)
+    got = figures(common.summarize, preds, "accuracy", "unparsable", "format", rows=rows)
+    assert got == (0, 1, 0)

@@ -27,8 +27,8 @@ def weights(change):
     return rewrite
 
 
-# transformers alone loads some of these: foreign or missing tensors become random weights, silently;
-# without tokenizer files it makes an empty tokenizer, and every prompt has zero tokens.
+# transformers alone loads some of these: foreign or missing tensors become random weights, in
+# silence; without tokenizer files it makes an empty tokenizer, and every prompt has zero tokens.
 NO_CHECKPOINT = {
     "no folder": lambda f: shutil.rmtree(f),
     "a file": lambda f: (shutil.rmtree(f), f.write_text("")),

@@ -395,7 +395,7 @@ def test_the_words_round_a_placeholder_stay_apart():
         assert sorted(next(common.convert(raw, 0))["responses"]) == ["C", "C#"]
 
 
-# -------------------------------------------------------------------------------- the paper's tables
+# ------------------------------------------------------------------------------- the paper's tables
 def test_table_5():
     # The counts of MSRL Table 5. kills: a digit
     for paper, want in ((stage2.PAPER, [5000, 2500, 2580, 4323, 2500, 2539]),

@@ -14,7 +14,7 @@ import common
 import stage1_text_grpo as stage1
 
 
-# ----------------------------------------------------------------------------- verdict, form, type
+# ------------------------------------------------------------------------------ verdict, form, type
 PARSED = [  # text, verdict, well formed
     ("<think>\nx\n</think>\n<answer>\nA\n</answer>", "A", True),
     ("  <think>x\ny</think><answer> B </answer>\n", "B", True),
@@ -132,7 +132,7 @@ def test_a_nested_type_tag_is_none(text):
     assert common.parse(text).type is None
 
 
-# ----------------------------------------------------------------------------------------- rewards
+# ------------------------------------------------------------------------------------------ rewards
 @pytest.mark.parametrize("task", common.TASKS)
 def test_rewards(task):
     """The three rewards are separate: each can be earned without the others.

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("here")  # media_cache/ is made in the work
 N = 24  # rows per file: enough that a hash puts the better one on either side
 
 
-# -------------------------------------------------------------------------------- which rows are taken
+# ----------------------------------------------------------------------------- which rows are taken
 def test_long_prompts_are_skipped_and_counted(encoder, tmp_path, capsys):
     """A prompt cut in the middle is another question. kills: truncating; `>=`; not counting."""
     short = text_row(prompt="x" * 50)

@@ -40,7 +40,7 @@ def flags(**args):
     return [x for k, v in args.items() for x in (f"--{k}", v)]
 
 
-# ----------------------------------------------------------------------------------- 2b: selection
+# ------------------------------------------------------------------------------------ 2b: selection
 def answer(verdict, inside="right .", form="<think>\n{}\n</think>\n<answer>\n{}\n</answer>"):
     return form.format(inside, verdict)
 
@@ -184,7 +184,7 @@ def test_format_of_stage_3(text, seen, unseen):
         text, {})
 
 
-# ----------------------------------------------------------------------------------- 2: replay
+# ---------------------------------------------------------------------------------------- 2: replay
 @pytest.mark.parametrize("ratio, size, texts", [("5:1", 24, 4), ("1:0", 24, 0), ("1:1", 24, 12),
                                                 ("2:1", 24, 8), ("4:1", 30, 6), ("5:1", 18, 3)])
 def test_replay_is_the_same_share_of_every_batch(ratio, size, texts):
@@ -258,7 +258,7 @@ def test_captions_come_from_a_checkpoint(world, loaded, tmp_path, monkeypatch):
     assert sum(calls) == n
 
 
-# ----------------------------------------------------------------------------------- whole stages
+# ------------------------------------------------------------------------------------- whole stages
 TINY = dict(model=toy_world.PREBUILT, batch_size=6, group_size=3, micro_batch=2, max_steps=2,
             save_every=1, lr=1e-3)
 

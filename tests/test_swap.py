@@ -105,7 +105,7 @@ def test_a_side_in_lower_case_is_a_side(text):
     assert not common.can_swap(row) or common.swap(row)["rationale"] == changed
 
 
-# ---------------------------------------------------------------------------------- rows and batches
+# --------------------------------------------------------------------------------- rows and batches
 def epochs(rows, batch_size, n, seed=0):
     """The stream of batch_of(), cut into n epochs."""
     steps = n * len(rows) // batch_size

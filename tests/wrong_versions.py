@@ -387,7 +387,7 @@ SAMPLERS = {
 }
 
 
-# ------------------------------------------------------------------------ labels of fine-tuning (SFT)
+# ---------------------------------------------------------------------- labels of fine-tuning (SFT)
 class Batch(NamedTuple):
     ids: torch.Tensor     # [b, L]
     mask: torch.Tensor    # [b, L]
@@ -444,7 +444,7 @@ SFT_MASKS = {
 }
 
 
-# ------------------------------------------------------------------------------ selection (stage 2b)
+# ----------------------------------------------------------------------------- selection (stage 2b)
 def by_majority(verdicts):
     """-> the pseudo-label, or None and why the row is dropped."""
     votes = Counter(verdict for verdict in verdicts if verdict is not None)
@@ -511,7 +511,7 @@ SELECTION = {
 }
 
 
-# --------------------------------------------------------------------- exchanging the two candidates
+# -------------------------------------------------------------------- exchanging the two candidates
 def swap(row):
     def turned(value):
         return value[::-1] if value and len(value) == 2 else value
@@ -555,7 +555,7 @@ SWAPS = {
 }
 
 
-# -------------------------------------------------------------------------------- summing verdicts up
+# ------------------------------------------------------------------------------ summing verdicts up
 def wilson(p, n, z=1.96):
     middle = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -635,7 +635,7 @@ EVALUATIONS = {
 }
 
 
-# -------------------------------------------------------------------------------- ranking: win rates
+# ------------------------------------------------------------------------------- ranking: win rates
 def beta_error(won, met):
     """Standard deviation of Beta(1 + won, 1 + lost)."""
     a, b = 1 + won, 1 + met - won
@@ -681,7 +681,7 @@ WIN_RATES = {
 }
 
 
-# -------------------------------------------------------------------------------- Bradley-Terry loss
+# ------------------------------------------------------------------------------- Bradley-Terry loss
 def bt_loss(chosen, rejected, zero_coefficient):
     return -F.logsigmoid(chosen - rejected) + zero_coefficient * (chosen + rejected) ** 2
 
