@@ -12,7 +12,7 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import toy_world  # noqa: E402  (it is on the path only now)
-from helpers import RANK_VARIABLES, lines, small_world  # noqa: E402  (as above)
+from helpers import RANK_VARIABLES, small_world  # noqa: E402  (as above)
 
 import common  # noqa: E402  (as above)
 

@@ -69,7 +69,7 @@ def main():
     for rounds in args.rounds:
         for fit in (win_rates, bradley_terry):
             totals, n = [0, 0, 0], args.draws * len(sets)
-            for k, s in [(k, s) for _ in range(args.draws) for k, s in enumerate(sets)]:
+            for k, s in list(enumerate(sets)) * args.draws:
                 pairs = schedule(8, rounds, rng)
                 rewards = fit(8, [(*p, shares[k, *p]) for p in pairs])[0]
                 best = rewards.index(max(rewards))

@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from curriculum import ROOT, run
+from curriculum import ROOT, lines, run
 
 METHODS = {"REINFORCE++": ["--pre_clip", 0, "--sigma", 0],
            "+ pre-clip": ["--pre_clip", 1e3, "--sigma", 0],
@@ -43,7 +43,7 @@ def main():
                     "--seed", seed, "--advantage", "batch", "--lr", args.lr, *flags, "--beta", 0,
                     "--updates_per_rollout", args.updates, "--max_steps", args.steps,
                     "--heldout", args.heldout, "--eval_every", 0, check=False)
-            steps = [json.loads(line) for line in open(ROOT / out / "metrics.jsonl")]
+            steps = lines(ROOT / out / "metrics.jsonl")
             after = "stopped"  # a stage stops at a gradient that is not finite
             if (ROOT / out / "stage.json").exists():
                 heldout = json.loads((ROOT / out / "stage.json").read_text())["heldout"]

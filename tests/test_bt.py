@@ -149,7 +149,8 @@ def test_swapped_generation_rows_score_the_text_given_the_medium(world, reward_m
     assert len(parts) == 2
 
 
-def test_pairs_that_a_limit_makes_equal_are_left_out_and_counted(world, tmp_path, reward_model, capsys):
+def test_pairs_that_a_limit_makes_equal_are_left_out_and_counted(world, tmp_path, reward_model,
+                                                                    capsys):
     # kills: compared before the cut, a cut that takes the end-of-sequence token
     _, encoder = reward_model
     rows = [{"id": str(i), "task": "text", "prompt": "say", "label": "A", "media": [],

@@ -472,7 +472,7 @@ def test_log_agrees_with_the_answers(world, unbroken, tmp_path, monkeypatch):
         right = [float(common.parse(t).verdict == r["label"]) for t in r["answers"]]
         form = [float("B" in t) for t in r["answers"]]
         assert r["rewards"] == {"format": form, "accuracy": right} and len(right) == 5
-        total = [0.2 * f + a for f, a in zip(form, right)]
+        total = [0.2 * f + a for f, a in zip(form, right, strict=True)]
         assert m["reward"] == pytest.approx(sum(total) / 5)
         assert m["rewards/accuracy/mean"] == pytest.approx(sum(right) / 5)
         assert m["frac_reward_zero_std"] == float(len(set(total)) == 1)

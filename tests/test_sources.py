@@ -106,7 +106,8 @@ def test_a_sample_is_drawn_from_the_whole_file(here, encoder, capsys):
     numbers = [int(r["prompt"].split()[1].strip("?")) for r in rows]
     assert len({n // 500 for n in numbers}) == 6
     assert rows_of("x.parquet:60", encoder, "text") == rows
-    assert all(r["id"].endswith(f"/{n + 1}") for r, n in zip(rows, numbers))
+    for row, number in zip(rows, numbers, strict=True):
+        assert row["id"].endswith(f"/{number + 1}")
     common.load_rows("x.parquet:4000", encoder)
     assert "x.parquet has 3000 rows to give, not 4000" in capsys.readouterr().out
 

@@ -332,9 +332,9 @@ def test_stage_3_trains_the_vision_tower_unless_frozen(world, tmp_path, freeze):
 
 def test_stage_3_rewards():
     # kills: the <caption> not asked for, the task reward left out
-    want = {"format": common.caption_format_reward, "task": common.task_reward,
-            "accuracy": common.accuracy_reward}
-    assert stage3.REWARDS == want
+    rewards = stage3.REWARDS
+    assert rewards == {"format": common.caption_format_reward, "task": common.task_reward,
+                       "accuracy": common.accuracy_reward}
     assert stage3.SCHEMES["paper"] == {"format": 1, "accuracy": 1, "task": 1}  # 0.2 in task_reward
 
 

@@ -428,7 +428,8 @@ def collator(label=prompt_hidden, pad=pad_right, hidden=lambda batch, pad_id: ba
 collate = collator()
 
 SFT_MASKS = {
-    "prompt is trained on too": collator(label=lambda prompt, answer: prompt + answer),
+    "prompt is trained on too": collator(  # but for its first token, which nothing predicts
+        label=lambda prompt, answer: [-100] + prompt[1:] + answer),
     "labels shifted by one": collator(
         label=lambda prompt, answer: [-100] * (len(prompt) - 1) + answer),
     "no end-of-sequence token": collator(
