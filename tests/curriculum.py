@@ -36,8 +36,8 @@ TABLE_4 = {"w/o stages 0 and 1": ["2@1to0", "2b", "3"], "w/o stage 1": ["0", "2"
            "w/o stage 2b (CMKD)": ["0", "1", "2", "3"], "w/o stage 3": ["0", "1", "2", "2b"]}
 TABLE_6 = {"1:0": ["0", "1", "2@1to0"], "1:1": ["0", "1", "2@1to1"], "2:1": ["0", "1", "2@2to1"],
            "4:1": ["0", "1", "2@4to1"], "5:1 (default)": ["0", "1", "2"]}
-# Text prompts of stage 1 and multimodal ones of stage 3, 24 a step; the paper: 5k and 20k of these.
-# (Stages 2 and 2b see some text, too: 160 replayed prompts, 300 distilled rows.)
+# Text prompts of stage 1 and multimodal ones of stage 3, 24 per step; the paper has 5k and
+# 20k of them. (Stages 2 and 2b see some text, too: 160 replayed prompts, 300 distilled rows.)
 FIGURE_3 = {"0 text, 240 rows": ["0", "2", "2b", "3@10"],
             "0 text, 960 rows": ["0", "2", "2b", "3"],
             "360 text, 240 rows": ["0", "1@15", "2", "2b", "3@10"],
@@ -130,7 +130,7 @@ def shuffle_media():
 
 
 def show(title, table):
-    """table: {name: one {task: per cent} a seed} -> Markdown, mean and range over seeds."""
+    """table: {name: one {task: per cent} per seed} -> Markdown, mean and range over seeds."""
     print(f"\n{title}\n\n| | " + " | ".join(t.replace("_", " ") for t in common.TASKS)
           + " | visual mean |\n|---|" + "--:|" * 6)
     for name, seeds in table.items():
@@ -145,7 +145,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rows", type=int, default=200, help="held-out rows a task, both orders")
+    parser.add_argument("--rows", type=int, default=200, help="held-out rows per task, both orders")
     parser.add_argument("--ablations", action="store_true",
                         help="Table 4 with the baselines, Table 6 and Figure 3 in miniature")
     parser.add_argument("--out", default="runs", help="runs/seed<S>/... are written here")

@@ -1,7 +1,7 @@
 """
-R1-Reward's Table 6 and Figure 5 in miniature: text RL with several updates a rollout and advantages
-standardised over the batch, without and with StableReinforce's two parts. Slow, so not part of the
-tests.
+R1-Reward's Table 6 and Figure 5 in miniature: text RL with several updates per rollout and
+advantages standardised over the batch, without and with StableReinforce's two parts. Slow, so not
+part of the tests.
 
     python tests/stability.py        # after tests/curriculum.py --seeds 0 1 2, from its stage 1
 
@@ -28,7 +28,7 @@ def main():
     parser.add_argument("--model", default="runs/seed{seed}/0-1", help="a good judge for each seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--updates", type=int, default=4, help="optimiser steps a rollout")
+    parser.add_argument("--updates", type=int, default=4, help="optimiser steps per rollout")
     parser.add_argument("--steps", type=int, default=5, help="rollouts")
     parser.add_argument("--heldout", default="toy/heldout_text.jsonl:100")
     parser.add_argument("--out", default="runs/stability")

@@ -178,8 +178,11 @@ def test_acc_plus_takes_each_order_as_a_pass():
              6: ("A", None), 7: ("B", None)}  # judged once: the same in both passes: 0
     rows = [{"id": str(k), "row": k, "label": "A", "part": "mcq", "weight": 1, "cluster": k // 2}
             for k in votes]
-    preds = [{"at": k, "order": o, "sample": n, "pred": v} for k, both in votes.items()
-             for o, one in zip(("AB", "BA"), both, strict=True) for n, v in enumerate(one or ())]
+    preds = []
+    for k, both in votes.items():
+        for order, voted in zip(("AB", "BA"), both, strict=True):
+            preds += [{"at": k, "order": order, "sample": sample, "pred": vote}
+                      for sample, vote in enumerate(voted or ())]
     got = ev.score(rows, preds, "mm_rlhf_rewardbench")[0]
     assert got["groups"]["Acc+"] == (0 + 1 / 2 + 5 / 8 + 0) / 4
 
@@ -261,20 +264,22 @@ def test_rm_bench(run, form):
     rng = random.Random(2)
     domains = ["chat"] * 2 + ["code"] * 3 + ["math"] + ["safety-refuse"] * 2 + ["safety-response"]
     rows = [rm_bench(f"{d}/{n}", d) for n, d in enumerate(domains)]
-    scores = [[[rng.randrange(4) for _ in range(3)] for _ in "cr"] for _ in rows]
-    if form == "scores":
-        preds = [{"id": r["id"], "chosen": c, "rejected": w}
-                 for r, (c, w) in zip(rows, scores, strict=True)]
-    else:
-        preds = [{"id": r["id"], "i": i, "j": j, "pred": "A" if c[i] > w[j] else "B"}
-                 for r, (c, w) in zip(rows, scores, strict=True)
-                 for i in range(3) for j in range(3)]
     cells = {"easy": [(1, 0), (2, 0), (2, 1)], "normal": [(0, 0), (1, 1), (2, 2)],
              "hard": [(0, 1), (0, 2), (1, 2)]}
-    by_domain = {}
-    for d, (c, w) in zip(domains, scores, strict=True):
-        by_domain.setdefault(d.split("-")[0], []).append(
-            {k: sum(c[i] > w[j] for i, j in v) / 3 for k, v in cells.items()})
+    preds, by_domain = [], {}
+    for item, domain in zip(rows, domains, strict=True):
+        chosen = [rng.randrange(4) for _ in range(3)]
+        rejected = [rng.randrange(4) for _ in range(3)]
+        if form == "scores":
+            preds.append({"id": item["id"], "chosen": chosen, "rejected": rejected})
+        else:
+            for i, j in itertools.product(range(3), range(3)):
+                side = "A" if chosen[i] > rejected[j] else "B"
+                preds.append({"id": item["id"], "i": i, "j": j, "pred": side})
+        right = {}
+        for cell, pairs in cells.items():
+            right[cell] = sum(chosen[i] > rejected[j] for i, j in pairs) / 3
+        by_domain.setdefault(domain.split("-")[0], []).append(right)
     table = {}
     for domain, items in by_domain.items():
         table[domain] = {cell: sum(item[cell] for item in items) / len(items) for cell in cells}
@@ -322,9 +327,12 @@ def test_row_counts_are_checked(run, capsys):
 
 # ---------------------------------------------------------------------------- the general machinery
 def random_preds(rng, rows, votes, orders=("AB", "BA")):
-    return [{"at": n, "id": r["id"], "row": n, "order": o, "sample": k, "text": "",
-             "pred": rng.choice(["A", "A", "B", None])} for n, r in enumerate(rows)
-            for o in orders for k in range(votes)]
+    preds = []
+    for n, r in enumerate(rows):
+        for order, sample in itertools.product(orders, range(votes)):
+            preds.append({"at": n, "id": r["id"], "row": n, "order": order, "sample": sample,
+                          "text": "", "pred": rng.choice(["A", "A", "B", None])})
+    return preds
 
 
 def plain(n, **more):
@@ -361,8 +369,10 @@ def test_vote_curves_average_orders_and_rows():
     """kills: votes of both orders pooled; a missing sample drawn from those there."""
     rows = plain(2)
     votes = {(0, "AB"): "AAB", (0, "BA"): "BBB", (1, "AB"): "BA"}
-    preds = [{"at": n, "order": o, "sample": k, "pred": v, "text": ""}
-             for (n, o), sampled in votes.items() for k, v in enumerate(sampled)]
+    preds = []
+    for (n, order), sampled in votes.items():
+        preds += [{"at": n, "order": order, "sample": sample, "pred": vote, "text": ""}
+                  for sample, vote in enumerate(sampled)]
     got = ev.score(rows, preds)[0]
     # k = 2: AAB -> pairs AA, AB, AB; BA and a vote for nobody -> BA, B-, A- with label B
     first, second = ((1 + 0.5 + 0.5) / 3 + 0) / 2, (0.5 + 1 + 0) / 3
@@ -383,9 +393,14 @@ def test_soft_votes():
 
 def test_position_bias_has_no_soft_vote():
     rows = plain(3)
-    preds = [{"at": n, "order": o, "sample": 0, "pred": "AB"[o == "BA"], "text": "",
-              "score_a": s if o == "AB" else 1 - s, "score_b": 1 - s if o == "AB" else s}
-             for n in range(3) for o in ("AB", "BA") for s in (0.7 + n / 10,)]
+    preds = []
+    for n in range(3):
+        first = 0.7 + n / 10  # what it gives to the candidate that stands first
+        common_part = {"at": n, "sample": 0, "text": ""}
+        preds.append({**common_part, "order": "AB", "pred": "A", "score_a": first,
+                      "score_b": 1 - first})
+        preds.append({**common_part, "order": "BA", "pred": "B", "score_a": 1 - first,
+                      "score_b": first})
     assert ev.score(rows, preds)[0]["soft"] == 0.5
 
 
@@ -550,7 +565,7 @@ def publish(name):
             out.writerows(map(videogen, ["A", "B", "same", "A", ""]))
     elif name == "sharegpt_video":
         picture(folder / "v5" / "0.png")
-        videos = [v for v in (f"v{n}" for n in range(99)) if common.held_out(v)][:2]
+        videos = [video for video in map("v{}".format, range(99)) if common.held_out(video)][:2]
         for v in videos:
             picture(folder / v / "0.png")
         write(folder / "sft_dpo_17k.jsonl", [sharegpt(n, v) for n, v in enumerate(["zz", *videos])])
@@ -784,8 +799,10 @@ def test_bradley_terry_fit():
 
     strengths, draws, errors = [0.8, 0.3, 0.0, -0.4], [], []
     for _ in range(150):
-        games = [(i, j, float(rng.random() < 1 / (1 + math.exp(strengths[j] - strengths[i]))))
-                 for _ in range(20) for i in range(4) for j in range(i + 1, 4)]
+        games = []
+        for i, j in list(itertools.combinations(range(4), 2)) * 20:
+            chance = 1 / (1 + math.exp(strengths[j] - strengths[i]))
+            games.append((i, j, float(rng.random() < chance)))
         rewards, standard_errors = ev.bradley_terry(4, games)
         draws.append(rewards)
         errors.append(standard_errors)
@@ -805,8 +822,8 @@ def number_judge(prompt, vote):
 @pytest.mark.parametrize("more, judgements", [
     ((), 56), (("--rounds", 2), 16), (("--rounds", 2, "--aggregate", "bradley_terry"), 16)])
 def test_rank(run, monkeypatch, more, judgements):
-    """Eight candidates: 56 ordered pairs, or 8 a round. kills: one order; the verdict given to the
-    wrong candidate; the worst named best."""
+    """Eight candidates: 56 ordered pairs, or 8 per round. kills: one order; the verdict given to
+    the wrong candidate; the worst named best."""
     numbers = [[3, 1, 4, 15, 9, 2, 6, 5], [2, 7, 1, 8, 28, 18, 4, 5]]
     sets = write("c.jsonl", [
         {"id": k, "prompt": "Which?", "candidates": [f"says {number}" for number in candidates]}

@@ -70,8 +70,14 @@ def make_answers(encoder, n, seed=0):
     g = torch.Generator().manual_seed(seed)
     free = [i for i in range(len(encoder.tokenizer))
             if i not in encoder.eos_ids and i != encoder.image_token_id]
-    out = [[[free[j] for j in torch.randint(len(free), (k - 1,), generator=g)]
-            + [encoder.eos_ids[k % len(encoder.eos_ids)]] for k in row] for row in LENGTHS[:n]]
+    out = []
+    for lengths in LENGTHS[:n]:
+        group = []
+        for length in lengths:
+            places = torch.randint(len(free), (length - 1,), generator=g)
+            end = encoder.eos_ids[length % len(encoder.eos_ids)]
+            group.append([free[place] for place in places] + [end])
+        out.append(group)
     out[0][2][-1] = free[5]
     return out
 
@@ -366,13 +372,21 @@ def unpack(x, owner):
     return [x[i][owner[i] == g] for i in range(len(x)) for g in range(1, G + 1)]
 
 
+def pairs_of(prompts, answers):
+    """(prompt, answer) of every answer."""
+    pairs = []
+    for prompt, group in zip(prompts, answers, strict=True):
+        pairs += [(prompt, answer) for answer in group]
+    return pairs
+
+
 def packed_error(world, model, encoder, prompts, temperature=0.7):
     """Largest error of log-probs and of entropies, and relative error of the gradient, of the
     packed forward against one-by-one forwards. Random weights, so that no error cancels out."""
     answers = make_answers(encoder, len(prompts))
     g = torch.Generator().manual_seed(6)
-    weights = [torch.rand(len(a), generator=g).double() for group in answers for a in group]
-    pairs = [(p, a) for p, group in zip(prompts, answers, strict=True) for a in group]
+    pairs = pairs_of(prompts, answers)
+    weights = [torch.rand(len(answer), generator=g).double() for _, answer in pairs]
     want = [alone(model, encoder, p, a, temperature) for p, a in pairs]
     model.zero_grad()
     sum((w * x).sum() for w, (x, _) in zip(weights, want, strict=True)).backward()
@@ -822,16 +836,16 @@ def test_kl_to_oneself_is_exactly_zero(world, rollout):
     # logged as a mean over tokens: that of the loop
     total, n = 0.0, 0
     with torch.no_grad():
-        for i in range(B):
-            for a in rollout.answers[i]:
-                d = (alone(rollout.ref, world.encoder, rollout.prompts[i], a, 0.7)[0]
-                     - alone(world.model, world.encoder, rollout.prompts[i], a, 0.7)[0])
-                total, n = total + (d.exp() - d - 1).sum().item(), n + len(a)
+        for prompt, answer in pairs_of(rollout.prompts, rollout.answers):
+            d = (alone(rollout.ref, world.encoder, prompt, answer, 0.7)[0]
+                 - alone(world.model, world.encoder, prompt, answer, 0.7)[0])
+            total += (d.exp() - d - 1).sum().item()
+            n += len(answer)
     assert kl == pytest.approx(total / n, rel=1e-3)
 
 
 def test_second_update_keeps_the_old_log_probs(world, rollout):
-    # With two updates a rollout the ratio of the second is to the policy that sampled, not to
+    # With two updates per rollout the ratio of the second is to the policy that sampled, not to
     # itself. kills: old renewed at each update, old of another micro-batch
     cfg = settings(updates_per_rollout=2, micro_batch=2, clip_high=0.3)
     seen, metrics = update(world, cfg, rollout.prompts, rollout.answers, rollout.adv, rollout.keep,
@@ -908,8 +922,8 @@ def test_a_broken_gradient_stops_the_run(world, rollout, poison):
 
 def test_entropy_is_a_mean_over_tokens(world, rollout):
     # kills: padding counted, mean over micro-batches of means
-    want = [alone(world.model, world.encoder, p, a, 0.7)[1].detach()
-            for p, group in zip(rollout.prompts, rollout.answers, strict=True) for a in group]
+    want = [alone(world.model, world.encoder, prompt, answer, 0.7)[1].detach()
+            for prompt, answer in pairs_of(rollout.prompts, rollout.answers)]
     for micro_batch in (1, 2):
         _, metrics = update(world, settings(micro_batch=micro_batch), rollout.prompts,
                             rollout.answers, rollout.adv, rollout.all)
@@ -920,11 +934,15 @@ def test_logged_difference_to_the_sampler(world, rollout):
     # The only sign of a sampler and a scorer that disagree. kills: answers scattered in another
     # order, padding in the mean, the sign lost in a sum
     g = torch.Generator().manual_seed(13)
-    off = [[torch.randn(len(a), generator=g) for a in group] for group in rollout.answers]
-    sampled = [[(alone(world.model, world.encoder, p, a, 0.7)[0].detach() + o).tolist()
-                for a, o in zip(group, noise, strict=True)]
-               for p, group, noise in zip(rollout.prompts, rollout.answers, off, strict=True)]
-    want = torch.cat([o for noise in off for o in noise]).abs().mean().item()
+    noises, sampled = [], []
+    for prompt, group in zip(rollout.prompts, rollout.answers, strict=True):
+        logps = []
+        for answer in group:
+            logp = alone(world.model, world.encoder, prompt, answer, 0.7)[0].detach()
+            noises.append(torch.randn(len(answer), generator=g))
+            logps.append((logp + noises[-1]).tolist())
+        sampled.append(logps)
+    want = torch.cat(noises).abs().mean().item()
     for micro_batch in (1, 2):
         cfg = settings(micro_batch=micro_batch, updates_per_rollout=2)
         model = copy.deepcopy(world.model)

@@ -449,8 +449,8 @@ def test_every_knob_runs(world, tmp_path, more):
 
 
 def test_log_agrees_with_the_answers(world, unbroken, tmp_path, monkeypatch):
-    # With one prompt a step rollouts.jsonl holds all that metrics.jsonl sums up. kills: rewards of
-    # another row's answers, weights of the scheme lost, truncated and ended exchanged
+    # With one prompt per step rollouts.jsonl holds all that metrics.jsonl sums up. kills: rewards
+    # of another row's answers, weights of the scheme lost, truncated and ended exchanged
     out, real, ended = tmp_path / "run", stage1.sample_group, []
 
     def watched(model, encoder, *args):
@@ -482,7 +482,7 @@ def test_log_agrees_with_the_answers(world, unbroken, tmp_path, monkeypatch):
         verdicts = [common.parse(t).verdict for t in r["answers"]]
         stated = 5 - verdicts.count(None)
         assert m["share_a"] == pytest.approx(verdicts.count("A") / max(1, stated))
-    for r in lines(unbroken / "rollouts.jsonl"):  # of 4 prompts a step
+    for r in lines(unbroken / "rollouts.jsonl"):  # of 4 prompts per step
         right = [float(common.parse(t).verdict == r["label"]) for t in r["answers"]]
         assert r["rewards"]["accuracy"] == right
     assert len({m["reward"] for m in metrics}) > 1

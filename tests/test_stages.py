@@ -13,8 +13,8 @@ import toy_world
 import torch
 import wrong_versions
 from helpers import (
-    OTHER, ROOT, flags, lines, rejects, run_here, same_weights, small_world, thinks, torchrun,
-    weights_of)
+    OTHER, ROOT, flags, lines, rejects, run_here, same_weights, small_world, text_row, thinks,
+    torchrun, weights_of)
 
 import common
 import stage2_caption_grpo as stage2
@@ -210,8 +210,8 @@ def test_format_of_stage_3(text, seen, unseen):
                                                 ("2:1", 24, 8), ("4:1", 30, 6), ("5:1", 18, 3)])
 def test_replay_is_the_same_share_of_every_batch(ratio, size, texts):
     # kills: a mixture by chance, the ratio upside down, text first (ranks would not share it)
-    rows, replay = ([{"id": f"{n}{i}", "media": [], "captions": [], "responses": ["x", "y"],
-                      "label": "A"} for i in range(k)] for n, k in (("caption", 31), ("text", 7)))
+    rows = [text_row(id=f"caption{i}") for i in range(31)]
+    replay = [text_row(id=f"text{i}") for i in range(7)]
     cfg = stage2.Config(replay_ratio=ratio, batch_size=size)
     seen = set()
     for step in range(9):

@@ -574,7 +574,7 @@ def pool_film(rng, pool, items):
     return rng.choice(found) if found else film(rng, items)
 
 
-# Phases of the backbone's training: steps, learning rate, and lessons a step by what their prompt
+# Phases of the backbone's training: steps, learning rate, and lessons per step by what their prompt
 # shows. Comparing needs the smaller rate: at 2e-3 it was still at chance after 500 steps.
 PHASES = ((400, 2e-3, {"text": 40}),
           (850, 2e-3, {"text": 12, "image": 44, "video": 20}),
