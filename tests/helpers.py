@@ -42,8 +42,8 @@ ENV |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
 
 # ------------------------------------------------------------------------------------ files of rows
 def write(path, rows):
-    """Rows as dicts, or raw lines as strings, one per line; a .json file holds them as one value. -> the
-    path as text"""
+    """Rows as dicts, or raw lines as strings, one per line; a .json file holds them as one value.
+    -> the path as text"""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
