@@ -14,7 +14,9 @@ import json
 import random
 from pathlib import Path
 
-from curriculum import ROOT, common, run
+from curriculum import ROOT, common, lines, run
+
+OTHER = {"A": "B", "B": "A"}
 
 
 def train(data, out, seed):
@@ -35,25 +37,28 @@ def main():
     args = parser.parse_args()
     out = Path(args.out, f"{args.noise:.0%}")
     (ROOT / out).mkdir(parents=True, exist_ok=True)
-    clean = [json.loads(line) for line in open(ROOT / "toy/text_rl.jsonl")]
-    true, rng = {r["id"]: r["label"] for r in clean}, random.Random(0)
-    wrong = set(rng.sample(sorted(true), round(args.noise * len(true))))
-    common.write_lines(ROOT / out / "noisy.jsonl", [
-        {**r, "label": "BA"["AB".index(r["label"])] if r["id"] in wrong else r["label"]}
-        for r in clean])
-    models = [out / f"noisy{seed}" for seed in args.seeds]
-    noisy = [train(out / "noisy.jsonl", m, s) for m, s in zip(models, args.seeds)]
+    clean = lines(ROOT / "toy/text_rl.jsonl")
+    true = {row["id"]: row["label"] for row in clean}
+    flipped = set(random.Random(0).sample(sorted(true), round(args.noise * len(true))))
+    noisy = []
+    for row in clean:
+        label = OTHER[row["label"]] if row["id"] in flipped else row["label"]
+        noisy.append({**row, "label": label})
+    common.write_lines(ROOT / out / "noisy.jsonl", noisy)
+    models = {seed: out / f"noisy{seed}" for seed in args.seeds}
+    accuracy = {seed: train(out / "noisy.jsonl", models[seed], seed) for seed in args.seeds}
     table = []
-    for seed, own, before in zip(args.seeds, models, noisy):
+    for seed, model in models.items():
+        others = [other for other in models.values() if other != model]
         folder = out / f"curated{seed}"
         run("bt_reward.py", "--curate", out / "noisy.jsonl", "--out", folder, "--judges",
-            args.judge.format(seed=seed), "--models", own, *(m for m in models if m != own))
-        kept = [json.loads(line) for line in open(ROOT / folder / "curated.jsonl")]
+            args.judge.format(seed=seed), "--models", model, *others)
+        kept = lines(ROOT / folder / "curated.jsonl")
         right = sum(r["label"] == true[r["id"]] for r in kept) / len(kept)
         after = train(folder / "curated.jsonl", out / f"after{seed}", seed)
         best = train("toy/text_rl.jsonl", out / f"clean{seed}", seed)
         table.append(f"| {seed} | {1 - args.noise:.1%} -> {right:.1%} | {len(kept)} of "
-                     f"{len(clean)} | {before:.1%} | {after:.1%} | {best:.1%} |")
+                     f"{len(clean)} | {accuracy[seed]:.1%} | {after:.1%} | {best:.1%} |")
     print("\n| seed | labels right | rows kept | trained on noisy | on curated | on clean |\n"
           "|---|--:|--:|--:|--:|--:|\n" + "\n".join(table))
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import bt_reward  # noqa: E402
-import common  # noqa: E402
-from stage1_text_grpo import sample_group  # noqa: E402
+import bt_reward  # noqa: E402  (it is on the path only now)
+import common  # noqa: E402  (as above)
+from stage1_text_grpo import sample_group  # noqa: E402  (as above)
 
 SCRIPTS = {"0": "stage0_sft.py", "1": "stage1_text_grpo.py", "2": "stage2_caption_grpo.py",
            "2b": "stage2b_cmkd.py", "3": "stage3_mm_grpo.py"}
@@ -36,8 +36,8 @@ TABLE_4 = {"w/o stages 0 and 1": ["2@1to0", "2b", "3"], "w/o stage 1": ["0", "2"
            "w/o stage 2b (CMKD)": ["0", "1", "2", "3"], "w/o stage 3": ["0", "1", "2", "2b"]}
 TABLE_6 = {"1:0": ["0", "1", "2@1to0"], "1:1": ["0", "1", "2@1to1"], "2:1": ["0", "1", "2@2to1"],
            "4:1": ["0", "1", "2@4to1"], "5:1 (default)": ["0", "1", "2"]}
-# Text prompts of stage 1 and multimodal ones of stage 3, 24 a step; the paper: 5k and 20k of these.
-# (Stages 2 and 2b see some text, too: 160 replayed prompts, 300 distilled rows.)
+# Text prompts of stage 1 and multimodal ones of stage 3, 24 per step; the paper has 5k and
+# 20k of them. (Stages 2 and 2b see some text, too: 160 replayed prompts, 300 distilled rows.)
 FIGURE_3 = {"0 text, 240 rows": ["0", "2", "2b", "3@10"],
             "0 text, 960 rows": ["0", "2", "2b", "3"],
             "360 text, 240 rows": ["0", "1@15", "2", "2b", "3@10"],
@@ -60,6 +60,10 @@ def run(*command, check=True):
     return (time.time() - start) / 60
 
 
+def lines(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
 def train(steps, seed, folder, minutes):
     """Run these stages one after another, each from the one before. Runs that start alike share
     their folders. -> the folder of each step."""
@@ -74,6 +78,11 @@ def train(steps, seed, folder, minutes):
                                 "--seed", seed, *quiet, *VARIANTS.get(step, []))
         parent = folders[step] = out
     return folders
+
+
+def last(*args):
+    """The folder of the last step."""
+    return list(train(*args).values())[-1]
 
 
 def judge(folder, form, rows, files="heldout", blank=False):
@@ -98,7 +107,8 @@ def judge(folder, form, rows, files="heldout", blank=False):
                                     quiet=True)
             if scalar:
                 scores = bt_reward.score_rows(model, encoder, data)
-                right = sum("BA"[a > b] == r["label"] for r, (a, b) in zip(data, scores))
+                right = sum("BA"[a > b] == row["label"]
+                            for row, (a, b) in zip(data, scores, strict=True))
                 result[task] = 100 * right / len(data)
                 continue
             preds = common.judge(model, encoder, data, sample, form, batch_size=128,
@@ -112,15 +122,15 @@ def shuffle_media():
     """toy/shuffled_<task>.jsonl: each held-out row with the media of another; text rows have none
     and stay. A judge that looks falls to chance on the others."""
     for task in common.TASKS:
-        rows = [json.loads(line) for line in open(ROOT / f"toy/heldout_{task}.jsonl")]
-        for row, media in zip(rows, [r["media"] for r in rows[1:] + rows[:1]]):
-            row["media"] = media
-        (ROOT / f"toy/shuffled_{task}.jsonl").write_text(
-            "".join(json.dumps(r) + "\n" for r in rows), "utf-8")
+        rows = lines(ROOT / f"toy/heldout_{task}.jsonl")
+        shuffled = []
+        for row, neighbour in zip(rows, rows[1:] + rows[:1], strict=True):
+            shuffled.append({**row, "media": neighbour["media"]})
+        common.write_lines(ROOT / f"toy/shuffled_{task}.jsonl", shuffled)
 
 
 def show(title, table):
-    """table: {name: one {task: per cent} a seed} -> Markdown, mean and range over seeds."""
+    """table: {name: one {task: per cent} per seed} -> Markdown, mean and range over seeds."""
     print(f"\n{title}\n\n| | " + " | ".join(t.replace("_", " ") for t in common.TASKS)
           + " | visual mean |\n|---|" + "--:|" * 6)
     for name, seeds in table.items():
@@ -135,7 +145,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rows", type=int, default=200, help="held-out rows a task, both orders")
+    parser.add_argument("--rows", type=int, default=200, help="held-out rows per task, both orders")
     parser.add_argument("--ablations", action="store_true",
                         help="Table 4 with the baselines, Table 6 and Figure 3 in miniature")
     parser.add_argument("--out", default="runs", help="runs/seed<S>/... are written here")
@@ -149,9 +159,6 @@ def main():
     four, six, three = {}, {}, {}
     for seed in args.seeds:
         folder, minutes = Path(args.out, f"seed{seed}"), {}
-
-        def last(steps):
-            return list(train(steps, seed, folder, minutes).values())[-1]
         for stage, out in train(STAGES, seed, folder, minutes).items():
             for form, table in forms.items():
                 table.setdefault(f"stage {stage}", []).append(judge(out, form, args.rows))
@@ -160,16 +167,19 @@ def main():
         looks["its own caption blanked"].append(judge(out, "pixels", args.rows, blank=True))
         if args.ablations:
             for name, steps in TABLE_4.items():
-                four.setdefault(name, []).append(judge(last(steps), "pixels", args.rows))
+                out = last(steps, seed, folder, minutes)
+                four.setdefault(name, []).append(judge(out, "pixels", args.rows))
             for name, command in BASELINES.items():
                 out = folder / command[0].removesuffix(".py")
                 if not (ROOT / out / "stage.json").exists():
                     minutes[name] = run(*command, "--out", out, "--seed", seed, "--heldout", "")
                 four.setdefault(name, []).append(judge(out, "pixels", args.rows))
             for name, steps in TABLE_6.items():
-                six.setdefault(name, []).append(judge(last(steps), "caption", args.rows))
+                out = last(steps, seed, folder, minutes)
+                six.setdefault(name, []).append(judge(out, "caption", args.rows))
             for name, steps in FIGURE_3.items():
-                three.setdefault(name, []).append(judge(last(steps), "pixels", args.rows))
+                out = last(steps, seed, folder, minutes)
+                three.setdefault(name, []).append(judge(out, "pixels", args.rows))
         print(f"seed {seed}: " + ", ".join(f"{n} {m:.1f} min" for n, m in minutes.items()))
     for form, table in forms.items():
         show(f"Held-out accuracy, {form} shown", table)

@@ -52,7 +52,7 @@ def main():
     parser.add_argument("--sets", type=int, default=100)
     parser.add_argument("--rounds", type=int, nargs="+", default=[1, 2, 3, 5, 7])
     parser.add_argument("--draws", type=int, default=5, help="schedules drawn, for the mean")
-    parser.add_argument("--out", default="runs/ranking", help="one folder a model is written here")
+    parser.add_argument("--out", default="runs/ranking", help="one folder per model, written here")
     args = parser.parse_args()
     out = Path(args.out, args.model.strip("./").replace("/", "-"))
     out.mkdir(parents=True, exist_ok=True)
@@ -64,12 +64,12 @@ def main():
     full = [r["rewards"] for r in common.whole_lines(out / "full.jsonl")]
     # greedy verdicts do not change, so those of a cheap schedule are among those of the full one
     shares = shares_of(common.whole_lines(out / "full.judged.jsonl"))
-    print("\n| judgements a set | fit | best of 8 right, % | same best as full, % | pairs ordered "
-          "as by full, % |\n|--:|---|--:|--:|--:|")
+    print("\n| judgements per set | fit | best of 8 right, % | same best as full, % | "
+          "pairs ordered as by full, % |\n|--:|---|--:|--:|--:|")
     for rounds in args.rounds:
         for fit in (win_rates, bradley_terry):
             totals, n = [0, 0, 0], args.draws * len(sets)
-            for k, s in [(k, s) for _ in range(args.draws) for k, s in enumerate(sets)]:
+            for k, s in list(enumerate(sets)) * args.draws:
                 pairs = schedule(8, rounds, rng)
                 rewards = fit(8, [(*p, shares[k, *p]) for p in pairs])[0]
                 best = rewards.index(max(rewards))

@@ -1,7 +1,7 @@
 """
-R1-Reward's Table 6 and Figure 5 in miniature: text RL with several updates a rollout and advantages
-standardised over the batch, without and with StableReinforce's two parts. Slow, so not part of the
-tests.
+R1-Reward's Table 6 and Figure 5 in miniature: text RL with several updates per rollout and
+advantages standardised over the batch, without and with StableReinforce's two parts. Slow, so not
+part of the tests.
 
     python tests/stability.py        # after tests/curriculum.py --seeds 0 1 2, from its stage 1
 
@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from curriculum import ROOT, run
+from curriculum import ROOT, lines, run
 
 METHODS = {"REINFORCE++": ["--pre_clip", 0, "--sigma", 0],
            "+ pre-clip": ["--pre_clip", 1e3, "--sigma", 0],
@@ -28,7 +28,7 @@ def main():
     parser.add_argument("--model", default="runs/seed{seed}/0-1", help="a good judge for each seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--updates", type=int, default=4, help="optimiser steps a rollout")
+    parser.add_argument("--updates", type=int, default=4, help="optimiser steps per rollout")
     parser.add_argument("--steps", type=int, default=5, help="rollouts")
     parser.add_argument("--heldout", default="toy/heldout_text.jsonl:100")
     parser.add_argument("--out", default="runs/stability")
@@ -43,7 +43,7 @@ def main():
                     "--seed", seed, "--advantage", "batch", "--lr", args.lr, *flags, "--beta", 0,
                     "--updates_per_rollout", args.updates, "--max_steps", args.steps,
                     "--heldout", args.heldout, "--eval_every", 0, check=False)
-            steps = [json.loads(line) for line in open(ROOT / out / "metrics.jsonl")]
+            steps = lines(ROOT / out / "metrics.jsonl")
             after = "stopped"  # a stage stops at a gradient that is not finite
             if (ROOT / out / "stage.json").exists():
                 heldout = json.loads((ROOT / out / "stage.json").read_text())["heldout"]

@@ -4,17 +4,19 @@ backbone is the model. "kills:" names wrong versions of the source under which a
 fail.
 """
 
+import functools
 import json
 import math
 import random
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 import toy_world
+import torch
+import wrong_versions
+from helpers import (
+    OTHER, flags, lines, rejects, run_here, small_world, torchrun, weights_of)
 from safetensors.torch import load_file
-from test_runs import cpu_only, lines, run_here, torchrun  # noqa: F401  (cpu_only is a fixture)
 
 import bt_reward as bt
 import common
@@ -22,18 +24,17 @@ import eval as ev
 
 SETTINGS = {"head_layers": 2, "head_activation": "silu", "t2i": "pair", "length_norm": False,
             "max_response_tokens": 64}
+pytestmark = pytest.mark.usefixtures("cpu_only")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    sizes = {"sft": 1, "text_rl": 12, "caption_rl": 8, "mm_rl": 8, "heldout": 2}
-    toy_world.write_world(folder, seed=0, sizes=sizes, quiet=True)
-    return folder
+    return small_world(tmp_path_factory.mktemp("world"), text_rl=12, caption_rl=8, mm_rl=8,
+                       heldout=2)
 
 
 @pytest.fixture()
-def loaded():
+def reward_model():
     torch.manual_seed(3)
     model, encoder = common.load(toy_world.PREBUILT)
     bt.add_head(model, dict(SETTINGS))
@@ -47,17 +48,30 @@ def rows_of(world, name, encoder, settings=SETTINGS):
 
 
 # ------------------------------------------------------------------------------------ loss and head
-def test_loss_and_gradient_against_a_float64_loop():
-    # kills: r_w - r_l exchanged, (r_w - r_l)^2 in the regulariser, its factor 2 or its sign
+def check_loss(bt_loss):
+    """Loss and gradient against a loop in float64."""
     chosen, rejected, lam = [2.5, -1.0, 0.3], [1.0, 3.5, 0.3], 0.07
     c, r = (torch.tensor(x, requires_grad=True) for x in (chosen, rejected))
-    loss = bt.bt_loss(c, r, lam)
+    loss = bt_loss(c, r, lam)
     loss.sum().backward()
-    for i, (a, b) in enumerate(zip(chosen, rejected)):
+    for i, (a, b) in enumerate(zip(chosen, rejected, strict=True)):
         wrong = 1 / (1 + math.exp(a - b))  # the probability of the other order
         assert loss[i].item() == pytest.approx(-math.log(1 - wrong) + lam * (a + b) ** 2, rel=1e-5)
         assert c.grad[i].item() == pytest.approx(-wrong + 2 * lam * (a + b), rel=1e-4)
         assert r.grad[i].item() == pytest.approx(wrong + 2 * lam * (a + b), rel=1e-4)
+
+
+def test_loss_and_gradient_against_a_float64_loop():
+    check_loss(bt.bt_loss)
+
+
+def test_the_frame_of_the_wrong_losses_is_right():
+    check_loss(wrong_versions.bt_loss)
+
+
+@pytest.mark.parametrize("name", wrong_versions.BT_LOSSES)
+def test_wrong_losses_are_rejected(name):
+    rejects(check_loss, wrong_versions.BT_LOSSES[name])
 
 
 @pytest.mark.parametrize("layers, act, n", [(1, "silu", 7), (2, "tanh", 49), (5, "relu", 175)])
@@ -76,18 +90,18 @@ def test_head(layers, act, n):
 
 
 @pytest.mark.parametrize("length_norm", [False, True])
-def test_packed_scores_equal_each_response_alone(world, loaded, length_norm):
+def test_packed_scores_equal_each_response_alone(world, reward_model, length_norm):
     # kills: last token off by one, padding's column, the neighbour seen, normalised by log(l)
-    model, encoder = loaded
+    model, encoder = reward_model
     model.settings["length_norm"] = length_norm
     rows = rows_of(world, "mm_rl", encoder)[:4] + rows_of(world, "text_rl", encoder)[:2]
     rows[-1] = {**rows[-1], "responses": ["red .", "it is red and it is blue , my dear .", "no"]}
     rows[-2] = {**rows[-2], "responses": ["yes"]}
     got = bt.score_all(model, encoder, rows, batch_size=4)
     assert [len(s) for s in got] == [2, 2, 2, 2, 1, 3]
-    for row, scores in zip(rows, got):
+    for row, scores in zip(rows, got, strict=True):
         (prompt, answers), = bt.candidates(row, encoder, model.settings)
-        for answer, score in zip(answers, scores):
+        for answer, score in zip(answers, scores, strict=True):
             media = {} if prompt.pixels is None else {"pixel_values": prompt.pixels}
             with torch.no_grad():
                 hidden = model.model(input_ids=torch.tensor([prompt.ids + answer]),
@@ -98,16 +112,19 @@ def test_packed_scores_equal_each_response_alone(world, loaded, length_norm):
     assert max(map(max, got)) - min(map(min, got)) > 0.1  # the tolerance is a small one
 
 
-# ------------------------------------------------------------------------------------------- rows
-def test_reformulated_generation_rows_are_label_true_and_balanced(world, loaded):
+# --------------------------------------------------------------------------------------------- rows
+def test_reformulated_generation_rows_are_label_true_and_balanced(world, reward_model):
     # kills: the texts exchanged, no swap of the media, labels left behind
-    _, encoder = loaded
+    _, encoder = reward_model
     seen = []
     rows = [r for r in rows_of(world, "mm_rl", encoder) if r["task"] == "image_generation"]
     rows = [{**r, "label": "A", "media": r["media"][:: 1 if r["label"] == "A" else -1]}
             for r in rows]  # as published sets are: the better one always first
     better = {r["id"]: r["media"][0] for r in rows}
-    pixels = lambda path: encoder.encode("<image>", [path]).pixels[0]
+
+    def pixels(path):
+        return encoder.encode("<image>", [path]).pixels[0]
+
     for step in range(100):
         for row in common.batch_of(rows, step, len(rows), seed=5):
             (prompt, answers), = bt.candidates(row, encoder, SETTINGS)
@@ -120,21 +137,22 @@ def test_reformulated_generation_rows_are_label_true_and_balanced(world, loaded)
     assert 0.4 < sum(seen) / len(seen) < 0.6
 
 
-def test_swapped_generation_rows_score_the_text_given_the_medium(world, loaded):
+def test_swapped_generation_rows_score_the_text_given_the_medium(world, reward_model):
     # kills: both media in one prompt, B's medium first
-    _, encoder = loaded
+    _, encoder = reward_model
     row = [r for r in rows_of(world, "mm_rl", encoder) if r["task"] == "video_generation"][0]
     parts = bt.candidates(row, encoder, {**SETTINGS, "t2i": "swap"})
-    for (prompt, answers), path in zip(parts, row["media"]):
+    for (prompt, answers), path in zip(parts, row["media"], strict=True):
         want = encoder.encode("<video>", [path], video=True).pixels
         torch.testing.assert_close(prompt.pixels, want)
         assert [encoder.decode(a) for a in answers] == [row["prompt"]]
     assert len(parts) == 2
 
 
-def test_pairs_that_a_limit_makes_equal_are_left_out_and_counted(world, tmp_path, loaded, capsys):
+def test_pairs_that_a_limit_makes_equal_are_left_out_and_counted(world, tmp_path, reward_model,
+                                                                    capsys):
     # kills: compared before the cut, a cut that takes the end-of-sequence token
-    _, encoder = loaded
+    _, encoder = reward_model
     rows = [{"id": str(i), "task": "text", "prompt": "say", "label": "A", "media": [],
              "responses": [a, b]}
             for i, (a, b) in enumerate([("it is red .", "it is red !"), ("red .", "blue ."),
@@ -166,7 +184,7 @@ def test_length_balance():
     assert len({r["id"] for r in kept}) == 9 and 12 in {r["id"] for r in kept}
 
 
-# --------------------------------------------------------------------------------------- curation
+# ----------------------------------------------------------------------------------------- curation
 @pytest.mark.parametrize("strengths, want", [
     ([3, -1, -5, -2, 0, -4], {2, 5}), ([-1, -3, -2], {1}), ([-1], set()), ([1, 2, 0], set())])
 def test_the_lower_half_of_the_negatives_is_flipped(strengths, want):
@@ -189,7 +207,7 @@ def test_curation_by_hand(tmp_path, monkeypatch):
     # kills: a flip by one model's score, over all sources at once, step 2 by the given label,
     # judges that see agreed rows or prompts over the limit, ties kept, None among the votes, the
     # majority's other side
-    ids = "flip weak fine other long worst none turn even also".split()
+    ids = ["flip", "weak", "fine", "other", "long", "worst", "none", "turn", "even", "also"]
     rows = [{"id": i, "task": "text", "label": "A", "media": [], "rationale": "A",
              "source": "two" if i in ("other", "long") else "one"} for i in ids]
     margins = {"own": {"flip": -4, "weak": -1, "fine": 2, "other": -9, "worst": -1, "none": -1.5,
@@ -246,14 +264,18 @@ def test_killed_scoring_goes_on_where_it_was(tmp_path):
     rows = [{"id": str(i)} for i in range(10)]
     worked = []
 
-    def work(some, fail_at=99):
-        worked.extend(r["id"] for r in some)
-        if "6" in worked and fail_at == 6:
+    def work(chunk):
+        worked.extend(row["id"] for row in chunk)
+        return [int(row["id"]) ** 2 for row in chunk]
+
+    def killed(chunk):
+        squares = work(chunk)
+        if "6" in worked:
             raise KeyboardInterrupt
-        return [int(r["id"]) ** 2 for r in some]
+        return squares
 
     with pytest.raises(KeyboardInterrupt):
-        common.resumed(tmp_path / "x.jsonl", "m", rows, lambda some: work(some, 6), chunk=3)
+        common.resumed(tmp_path / "x.jsonl", "m", rows, killed, chunk=3)
     with open(tmp_path / "x.jsonl", "a") as f:
         f.write('[3')
     worked.clear()
@@ -267,16 +289,20 @@ def test_planted_noise_is_found(tmp_path, monkeypatch):
     rng = random.Random(1)
     true = {str(i): rng.choice("AB") for i in range(600)}
     rows = [{"id": i, "task": "text", "media": [],
-             "label": bt.OTHER[t] if rng.random() < 0.3 else t} for i, t in true.items()]
-    noisy = lambda sigma: {i: (rng.gauss(1 if t == "A" else -1, sigma), 0) for i, t in true.items()}
-    scores = {m: noisy(1.2) for m in ("a", "b", "c")}
-    verdicts = {"j": {i: [t if rng.random() < 0.85 else bt.OTHER[t] for _ in "12"]
+             "label": OTHER[t] if rng.random() < 0.3 else t} for i, t in true.items()]
+
+    def noisy_scores():
+        return {i: (rng.gauss(1 if t == "A" else -1, 1.2), 0) for i, t in true.items()}
+    scores = {model: noisy_scores() for model in ("a", "b", "c")}
+    verdicts = {"j": {i: [t if rng.random() < 0.85 else OTHER[t] for _ in "12"]
                       for i, t in true.items()}}
     fake_models(monkeypatch, scores, verdicts)
     cfg = SimpleNamespace(frames=8, max_tiles=12, eval_batch=4, judge_tokens=9,
                           max_prompt_tokens=8)
     kept = bt.curate(rows, list("abc"), "a", ["j"], cfg, "cpu", tmp_path)
-    right = lambda some: sum(r["label"] == true[r["id"]] for r in some) / len(some)
+
+    def right(labelled):
+        return sum(row["label"] == true[row["id"]] for row in labelled) / len(labelled)
     assert right(rows) < 0.75 and right(kept) > 0.9 and len(kept) > 500
     turned = [r for r in kept if r["curation"]["flipped"] and r["curation"]["fate"] == "agreed"]
     assert len(turned) > 50 and right(turned) > 0.9
@@ -288,8 +314,9 @@ def test_schemes_for_a_group(monkeypatch):
     monkeypatch.setattr(bt, "score_batch", lambda m, e, rows: torch.tensor([4.0, -1.0, 0.5]))
     item = {"task": "text", "prompt": "p", "media": []}
     model = SimpleNamespace(reward_head=None)
-    get = lambda scheme, ref="red .": bt.group_rewards(model, None, item, ["a", " red .", "b"],
-                                                       scheme, ref)
+
+    def get(scheme, reference="red ."):
+        return bt.group_rewards(model, None, item, ["a", " red .", "b"], scheme, reference)
     assert get("rule") == [0, 1, 0] and get("model") == [4, -1, 0.5]
     assert get("hybrid") == pytest.approx([0.9820138, 1.0, 0.6224593])
     assert get("hybrid", None) == pytest.approx([0.9820138, 0.2689414, 0.6224593])
@@ -304,19 +331,25 @@ def test_a_judge_as_the_reward_of_a_group(monkeypatch):
     def judge(model, encoder, rows, *args, **kwargs):
         for row in rows:
             common.check_row(row, ".")
-        better = lambda a, b: None if a == b else "A" if a > b else "B"
-        return [{"row": i, "pred": better(*(strength[x] for x in row["responses"])) if order or
-                 "d" not in row["responses"] else "A"} for i, row in enumerate(rows)
-                for order in (0, 1)]  # in one order it prefers what stands first to d, or d
+        preds = []
+        for i, row in enumerate(rows):
+            a, b = (strength[response] for response in row["responses"])
+            stronger = None if a == b else "A" if a > b else "B"
+            # in one order it prefers what stands first to d, or d
+            first = "A" if "d" in row["responses"] else stronger
+            preds += [{"row": i, "pred": first}, {"row": i, "pred": stronger}]
+        return preds
     monkeypatch.setattr(common, "judge", judge)
-    get = lambda scheme, ref=None: bt.group_rewards(None, None, {
-        "task": "text", "prompt": "p", "media": []}, list("abdc"), scheme, ref)
+
+    def get(scheme, reference=None):
+        item = {"task": "text", "prompt": "p", "media": []}
+        return bt.group_rewards(None, None, item, list("abdc"), scheme, reference)
     # b and c tie; of d's three pairs it stands first in the one with c, and gets half of that
     assert get("model") == pytest.approx([1, 1.5 / 3, 0.5 / 3, (0.5 + 0.5) / 3])
     assert get("hybrid", "b") == pytest.approx([1, 1, 0.5 / 3, 1 / 3])
 
 
-# --------------------------------------------------------------------------- debiased construction
+# ---------------------------------------------------------------------------- debiased construction
 def scored(*scores, weights=(0.5, 0.1, 0.1, 0.1, 0.1, 0.1)):
     return "So: " + json.dumps([{"weights": weights, "scores": s} for s in scores]) + " ."
 
@@ -340,29 +373,32 @@ def test_pairs_on_which_both_ways_of_scoring_agree():
 @pytest.mark.parametrize("quality, done, n", [
     ({"one": 9, "two": 3, "three": 6}, "as they were", 3), ({"one": 2, "two": 1}, "all low", 1),
     ({"one": 9, "two": 8}, "all high", 1), ({"one": 9, "two": None}, "malformed scores", 0)])
-def test_construction_with_a_teacher_by_hand(monkeypatch, loaded, world, quality, done, n):
+def test_construction_with_a_teacher_by_hand(monkeypatch, reward_model, world, quality, done, n):
     # kills: new answers not scored, noise for everybody, better and worse exchanged, the reference
     # given to the noised
-    model, encoder = loaded
+    model, encoder = reward_model
     row = [r for r in rows_of(world, "mm_rl", encoder) if r["task"] == "image_understanding"][0]
     row = {**row, "reference": "it is red .", "responses": list(quality)}
     clean = encoder.encode("<image>", row["media"]).pixels
     quality = {**quality, "good": 7, "bad": 1}
     asked = []
 
+    def place_of(asks, response):
+        return asks.index(f":\n{response}")
+
     def sample(model, encoder, prompts, n, *_):
         texts = []
         for p in prompts:
-            said = encoder.decode(p.ids)
-            shown = [q for q in quality if f":\n{q}" in said]
+            asks = encoder.decode(p.ids)
+            shown = [q for q in quality if f":\n{q}" in asks]
             noised = not torch.equal(p.pixels, clean)
-            if "Human-Generated" in said:
-                assert not noised and "it is red ." in said
-                order = sorted(shown, key=lambda q: said.index(f":\n{q}"))
+            if "Human-Generated" in asks:
+                assert not noised and "it is red ." in asks
+                order = sorted(shown, key=functools.partial(place_of, asks))
                 texts.append("hm" if None in [quality[q] for q in order] else
                              scored(*[[quality[q]] * 6 for q in order]))
             else:
-                asked.append((noised, "it is red ." in said))
+                asked.append((noised, "it is red ." in asks))
                 texts += ["bad" if noised else "good"] * n
         return SimpleNamespace(ids=texts)
 
@@ -371,7 +407,7 @@ def test_construction_with_a_teacher_by_hand(monkeypatch, loaded, world, quality
                         encoder.tokenizer.decode(ids))
     cfg = SimpleNamespace(seed=0, candidates=["c"], teacher="t", samples=2, judge_tokens=9, low=5,
                           high=8, noise=1.0)
-    pairs, what = bt.pairs_of(row, {"c": loaded, "t": loaded}, cfg)
+    pairs, what = bt.pairs_of(row, {"c": reward_model, "t": reward_model}, cfg)
     assert (what, len(pairs)) == (done, n)
     assert asked == {"all low": [(False, True)], "all high": [(True, False)]}.get(done, [])
     for pair in pairs:
@@ -380,17 +416,18 @@ def test_construction_with_a_teacher_by_hand(monkeypatch, loaded, world, quality
         common.check_row(pair, ".")
 
 
-# ------------------------------------------------------------------------------------- whole runs
-def flags(world, out, **more):
-    args = {"model": toy_world.PREBUILT, "data": f"{world}/text_rl.jsonl,{world}/mm_rl.jsonl",
-            "heldout": f"{world}/heldout_text.jsonl", "out": out, "batch_size": 4,
-            "micro_batch": 2, "epochs": 1, "lr": 2e-4, **more}
-    return [str(x) for k, v in args.items() for x in (f"--{k}", v)]
+# --------------------------------------------------------------------------------------- whole runs
+def bt_flags(world, out, **more):
+    settings = {"model": toy_world.PREBUILT,
+                "data": f"{world}/text_rl.jsonl,{world}/mm_rl.jsonl",
+                "heldout": f"{world}/heldout_text.jsonl", "out": out, "batch_size": 4,
+                "micro_batch": 2, "epochs": 1, "lr": 2e-4}
+    return flags(**settings | more)
 
 
 def test_a_run_its_resumption_and_two_processes_agree(world, tmp_path, monkeypatch):
     # kills: mean over micro-batches instead of rows, head not in the saved state, no gather
-    run_here(bt.main, flags(world, tmp_path / "whole"))
+    run_here(bt.main, bt_flags(world, tmp_path / "whole"))
     stop, real = 3, common.save_state
 
     def save_and_stop(out, model, optimizer, step, *args, **kind):
@@ -400,10 +437,10 @@ def test_a_run_its_resumption_and_two_processes_agree(world, tmp_path, monkeypat
 
     monkeypatch.setattr(common, "save_state", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
-        run_here(bt.main, flags(world, tmp_path / "parts", save_every=3))
+        run_here(bt.main, bt_flags(world, tmp_path / "parts", save_every=3))
     stop = -1
-    run_here(bt.main, flags(world, tmp_path / "parts", save_every=3))
-    torchrun(["bt_reward.py", *flags(world, tmp_path / "two")])
+    run_here(bt.main, bt_flags(world, tmp_path / "parts", save_every=3))
+    torchrun(["bt_reward.py", *bt_flags(world, tmp_path / "two")])
     for name in ("model.safetensors", "reward_head.safetensors"):
         want = load_file(tmp_path / "whole" / name)
         for other, tol in (("parts", 0), ("two", 1e-4)):
@@ -419,10 +456,9 @@ def test_a_run_its_resumption_and_two_processes_agree(world, tmp_path, monkeypat
 
     info = json.loads((tmp_path / "whole" / "stage.json").read_text())
     assert info["stage"] == "bt_reward"
-    for name, start in (("one", run_here), ("both", torchrun)):  # kills: scores of other rows
-        args = ["--model", tmp_path / "whole", "--data", world / "mm_rl.jsonl", "--batch_size", 1,
-                "--out", tmp_path / f"{name}.jsonl"]
-        start(ev.main, args) if start is run_here else start(["eval.py", *map(str, args)])
+    args = ["--model", tmp_path / "whole", "--data", world / "mm_rl.jsonl", "--batch_size", 1]
+    run_here(ev.main, [*args, "--out", tmp_path / "one.jsonl"])  # kills: scores of other rows
+    torchrun(["eval.py", *args, "--out", tmp_path / "both.jsonl"])
     one, both = lines(tmp_path / "one.jsonl"), lines(tmp_path / "both.jsonl")
     assert len(one) == 8 and [p["id"] for p in one] == [p["id"] for p in both]
     assert [p["score_a"] for p in one] == pytest.approx([p["score_a"] for p in both], abs=1e-4)
@@ -450,7 +486,7 @@ def first_loss(world, cfg, source):
     batch = common.batch_of(rows, 0, cfg.batch_size, cfg.seed)
     with torch.no_grad():
         pairs = bt.score_batch(model, encoder, batch).view(-1, 2).tolist()
-    pairs = [p if r["label"] == "A" else p[::-1] for p, r in zip(pairs, batch)]
+    pairs = [p if r["label"] == "A" else p[::-1] for p, r in zip(pairs, batch, strict=True)]
     return sum(math.log1p(math.exp(b - a)) + cfg.zero_coefficient * (a + b) ** 2
                for a, b in pairs) / cfg.batch_size
 
@@ -458,7 +494,7 @@ def first_loss(world, cfg, source):
 def test_it_learns_the_label_at_the_rate_it_says(world, tmp_path):
     # kills: chosen and rejected exchanged, "A" always chosen, no warm-up, a rate above --lr
     source = f"{world}/text_rl.jsonl"
-    args = flags(world, tmp_path / "run", data=source, heldout="", epochs=20, lr=1e-3)
+    args = bt_flags(world, tmp_path / "run", data=source, heldout="", epochs=20, lr=1e-3)
     run_here(bt.main, args)
     log = lines(tmp_path / "run" / "metrics.jsonl")
     cfg = bt.Config(model=str(toy_world.PREBUILT), data=source, batch_size=4)
@@ -473,7 +509,7 @@ def test_flags_reach_the_run(world, tmp_path, capsys):
     # kills: any one of these flags ignored
     source = f"{world}/mm_rl.jsonl"
     more = {"zero_coefficient": 3.0, "length_norm": True, "t2i": "swap"}
-    run_here(bt.main, flags(world, tmp_path / "run", data=source, heldout="", freeze_vision=True,
+    run_here(bt.main, bt_flags(world, tmp_path / "run", data=source, heldout="", freeze_vision=True,
                             balance_length=True, lr=1e-3, **more))
     assert "--balance_length" in capsys.readouterr().out
     cfg = bt.Config(model=str(toy_world.PREBUILT), batch_size=4, **more)
@@ -482,15 +518,14 @@ def test_flags_reach_the_run(world, tmp_path, capsys):
     common.write_lines(tmp_path / "kept.jsonl", kept)
     got = lines(tmp_path / "run" / "metrics.jsonl")[0]["loss"]
     assert got == pytest.approx(first_loss(world, cfg, str(tmp_path / "kept.jsonl")), abs=1e-5)
-    was, now = (load_file(Path(x) / "model.safetensors") for x in (
-        toy_world.PREBUILT, tmp_path / "run"))
-    moved = {k for k in now if not torch.equal(now[k], was[k].float())}
+    was, now = weights_of(toy_world.PREBUILT), weights_of(tmp_path / "run")
+    moved = {name for name in now if not torch.equal(now[name], was[name].float())}
     assert moved and all("language_model" in k for k in moved)
 
 
-def test_a_pair_is_scored_in_both_orders(world, loaded):
+def test_a_pair_is_scored_in_both_orders(world, reward_model):
     # kills: one order only, sides exchanged in the second, text rows scored twice
-    model, encoder = loaded
+    model, encoder = reward_model
     rows = rows_of(world, "mm_rl", encoder)
     row = [r for r in rows if r["task"] == "image_generation"][0]
     with torch.no_grad():
@@ -502,23 +537,23 @@ def test_a_pair_is_scored_in_both_orders(world, loaded):
     assert swapped == pytest.approx(got[::-1], abs=1e-4)
 
 
-def test_rows_it_cannot_read_are_named_or_counted(world, loaded, monkeypatch, capsys):
+def test_rows_it_cannot_read_are_named_or_counted(world, reward_model, monkeypatch, capsys):
     # kills: a row checked for judges only, so that scoring ends in a traceback
     monkeypatch.setattr(ev, "is_reward_model", lambda folder: True)
-    row = [json.loads(x) for x in open(world / "mm_rl.jsonl")][0]
+    row = lines(world / "mm_rl.jsonl")[0]
     row |= {"row": 0, "media": [str(world / m) for m in row["media"]]}
     rows = [row, {**row, "media": [m + ".gone" for m in row["media"]]},
             {**row, "media": [], "captions": ["red disc"] * len(row["media"])}]
     args = SimpleNamespace(model=["m"], data="rows.jsonl", max_prompt_tokens=9999,
                            skip_bad_rows=True)
-    assert len(ev.fit_to_judge(rows, [loaded], args)) == 1
+    assert len(ev.fit_to_judge(rows, [reward_model], args)) == 1
     assert "2 bad rows" in capsys.readouterr().out
     args.skip_bad_rows = False
     with pytest.raises(SystemExit, match="rows.jsonl, row 0.*does not exist"):
-        ev.fit_to_judge(rows[1:], [loaded], args)
+        ev.fit_to_judge(rows[1:], [reward_model], args)
     args.max_prompt_tokens = 1
     with pytest.raises(SystemExit, match="no row"):
-        ev.fit_to_judge(rows[:1], [loaded], args)
+        ev.fit_to_judge(rows[:1], [reward_model], args)
 
 
 def test_iterations_train_and_curate_in_turns(world, tmp_path, monkeypatch):

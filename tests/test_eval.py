@@ -19,23 +19,17 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+import toy_world
 import torch
 import torch.nn.functional as F
-import toy_world
+import wrong_versions
+from helpers import DATA, OTHER, lines, rejects, thinks, write
 from PIL import Image
 
 import common
 import eval as ev
 
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
-if not DATA.exists():
-    DATA = Path("/work/shared/data")
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture
@@ -49,20 +43,12 @@ def run(monkeypatch, capsys):
     return run
 
 
-def write(name, rows):
-    path = Path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows) if path.suffix == ".json" else
-                    "".join(json.dumps(r) + "\n" for r in rows))
-    return path
-
-
 def scored(run, benchmark, data, preds, *more):
     return run("--score", write("preds.jsonl", preds), "--benchmark", benchmark, "--data", data,
                "--json", *more)
 
 
-# ------------------------------------------------------------- rows in the benchmarks' own schemas
+# -------------------------------------------------------------- rows in the benchmarks' own schemas
 def vl(id, better=0, **more):
     return {"id": id, "query": f"question {id}?", "query_source": "", "image": "images/i.png",
             "response": ["good one", "bad one"][::1 - 2 * better],
@@ -111,7 +97,7 @@ def sharegpt(id, video):
             "rejected": "bad"}
 
 
-# ------------------------------------------------------------------------------------ hand-worked
+# -------------------------------------------------------------------------------------- hand-worked
 def test_vl_rewardbench(run):
     """kills: groups by query_source; 'hallucination_...' in general; null left out of the mean; a
     missing row left out; human_ranking read as the index of the better; macro over rows."""
@@ -158,7 +144,8 @@ def test_multimodal_rewardbench(run):
              ("RealworldQA_1", "vqa", 1)]
     data = write("all_data.json", [multimodal(*k) for k in kinds])
     got = scored(run, "multimodal_rewardbench", data,
-                 [{"id": k[0], "pred": p} for k, p in zip(kinds, "ABAAAABBAABB")])
+                 [{"id": kind[0], "pred": side}
+                  for kind, side in zip(kinds, "ABAAAABBAABB", strict=True)])
     columns = {"correctness": 1 / 2, "preference": 1, "knowledge": 1, "math": 1, "coding": 1 / 2,
                "safety": 1 / 2, "vqa": 1 / 3}
     assert got["overall"] == 7 / 12 and got["macro"] == pytest.approx(sum(columns.values()) / 7)
@@ -175,7 +162,7 @@ def test_mm_rlhf_rewardbench(run):
                                   ("c", "video"), ("d", "safety"))]
     scores = [(2, 1), (3, -1), (1, 0), (0, 1), (2, 0), (1, 0), (1, 1)]
     preds = [{"id": r["id"], "row": n, "score_a": a, "score_b": b}
-             for n, (r, (a, b)) in enumerate(zip(rows, scores))]
+             for n, (r, (a, b)) in enumerate(zip(rows, scores, strict=True))]
     got = scored(run, "mm_rlhf_rewardbench", write("mm_reward_bench.jsonl", rows), preds)
     assert got["overall"] == 5 / 7 and got["macro"] == pytest.approx((1 + 2 / 3 + 1 + 0) / 4)
     assert got["groups"] == pytest.approx({"mcq": 1, "long": 2 / 3, "video": 1, "safety": 0,
@@ -191,8 +178,11 @@ def test_acc_plus_takes_each_order_as_a_pass():
              6: ("A", None), 7: ("B", None)}  # judged once: the same in both passes: 0
     rows = [{"id": str(k), "row": k, "label": "A", "part": "mcq", "weight": 1, "cluster": k // 2}
             for k in votes]
-    preds = [{"at": k, "order": o, "sample": n, "pred": v} for k, both in votes.items()
-             for o, some in zip(("AB", "BA"), both) for n, v in enumerate(some or ())]
+    preds = []
+    for k, both in votes.items():
+        for order, voted in zip(("AB", "BA"), both, strict=True):
+            preds += [{"at": k, "order": order, "sample": sample, "pred": vote}
+                      for sample, vote in enumerate(voted or ())]
     got = ev.score(rows, preds, "mm_rlhf_rewardbench")[0]
     assert got["groups"]["Acc+"] == (0 + 1 / 2 + 5 / 8 + 0) / 4
 
@@ -235,7 +225,8 @@ def test_with_ties_finds_the_best_threshold():
         margins = [rng.randrange(-4, 5) / 2 for _ in range(n)]
         judged = [{"AB": [{"score_a": m, "score_b": 0.0}]} for m in margins]
         slow = max(sum(r["label"] == ("same" if abs(m) <= t else "A" if m > 0 else "B")
-                       for r, m in zip(rows, margins)) / n for t in [0, *map(abs, margins)])
+                       for r, m in zip(rows, margins, strict=True)) / n
+                   for t in [0, *map(abs, margins)])
         assert ev.with_ties(rows, None, judged, range(n)) == slow
 
 
@@ -273,20 +264,25 @@ def test_rm_bench(run, form):
     rng = random.Random(2)
     domains = ["chat"] * 2 + ["code"] * 3 + ["math"] + ["safety-refuse"] * 2 + ["safety-response"]
     rows = [rm_bench(f"{d}/{n}", d) for n, d in enumerate(domains)]
-    scores = [[[rng.randrange(4) for _ in range(3)] for _ in "cr"] for _ in rows]
-    if form == "scores":
-        preds = [{"id": r["id"], "chosen": c, "rejected": w} for r, (c, w) in zip(rows, scores)]
-    else:
-        preds = [{"id": r["id"], "i": i, "j": j, "pred": "A" if c[i] > w[j] else "B"}
-                 for r, (c, w) in zip(rows, scores) for i in range(3) for j in range(3)]
     cells = {"easy": [(1, 0), (2, 0), (2, 1)], "normal": [(0, 0), (1, 1), (2, 2)],
              "hard": [(0, 1), (0, 2), (1, 2)]}
-    by_domain = {}
-    for d, (c, w) in zip(domains, scores):
-        by_domain.setdefault(d.split("-")[0], []).append(
-            {k: sum(c[i] > w[j] for i, j in v) / 3 for k, v in cells.items()})
-    table = {d: {k: sum(s[k] for s in some) / len(some) for k in cells}
-             for d, some in by_domain.items()}
+    preds, by_domain = [], {}
+    for item, domain in zip(rows, domains, strict=True):
+        chosen = [rng.randrange(4) for _ in range(3)]
+        rejected = [rng.randrange(4) for _ in range(3)]
+        if form == "scores":
+            preds.append({"id": item["id"], "chosen": chosen, "rejected": rejected})
+        else:
+            for i, j in itertools.product(range(3), range(3)):
+                side = "A" if chosen[i] > rejected[j] else "B"
+                preds.append({"id": item["id"], "i": i, "j": j, "pred": side})
+        right = {}
+        for cell, pairs in cells.items():
+            right[cell] = sum(chosen[i] > rejected[j] for i, j in pairs) / 3
+        by_domain.setdefault(domain.split("-")[0], []).append(right)
+    table = {}
+    for domain, items in by_domain.items():
+        table[domain] = {cell: sum(item[cell] for item in items) / len(items) for cell in cells}
     expected = {d: sum(t.values()) / 3 for d, t in table.items()}
     overall = sum(expected.values()) / 4
     expected |= {k: sum(t[k] for t in table.values()) / 4 for k in cells}
@@ -308,7 +304,7 @@ def test_sharegpt_video_holds_out_whole_videos():
 @pytest.mark.skipif(not DATA.exists(), reason="no published files here")
 def test_published_files(run):
     """Two real files, whole."""
-    rows = [json.loads(line) for line in open(DATA / "mm_rlhf_reward_bench.jsonl")]
+    rows = lines(DATA / "mm_rlhf_reward_bench.jsonl")
     preds = [{"id": r["id"], "row": n, "order": o, "pred": p} for n, r in enumerate(rows)
              for o, p in (("AB", "A"), ("BA", "B"))]
     got = scored(run, "mm_rlhf_rewardbench", DATA / "mm_rlhf_reward_bench.jsonl", preds)
@@ -331,9 +327,12 @@ def test_row_counts_are_checked(run, capsys):
 
 # ---------------------------------------------------------------------------- the general machinery
 def random_preds(rng, rows, votes, orders=("AB", "BA")):
-    return [{"at": n, "id": r["id"], "row": n, "order": o, "sample": k, "text": "",
-             "pred": rng.choice(["A", "A", "B", None])} for n, r in enumerate(rows)
-            for o in orders for k in range(votes)]
+    preds = []
+    for n, r in enumerate(rows):
+        for order, sample in itertools.product(orders, range(votes)):
+            preds.append({"at": n, "id": r["id"], "row": n, "order": order, "sample": sample,
+                          "text": "", "pred": rng.choice(["A", "A", "B", None])})
+    return preds
 
 
 def plain(n, **more):
@@ -361,17 +360,19 @@ def test_votes_are_expected_over_all_subsets():
             subsets = list(itertools.combinations(votes, k))
             vote = [(s.count("A") > s.count("B")) + 0.5 * (s.count("A") == s.count("B") > 0)
                     for s in subsets]
-            some = sum("A" in s for s in subsets) / len(subsets)
+            any_right = sum("A" in s for s in subsets) / len(subsets)
             assert ev.vote_at(right, wrong, len(votes), k) == pytest.approx(sum(vote) / len(vote))
-            assert ev.any_at(right, wrong, len(votes), k) == pytest.approx(some)
+            assert ev.any_at(right, wrong, len(votes), k) == pytest.approx(any_right)
 
 
 def test_vote_curves_average_orders_and_rows():
     """kills: votes of both orders pooled; a missing sample drawn from those there."""
     rows = plain(2)
     votes = {(0, "AB"): "AAB", (0, "BA"): "BBB", (1, "AB"): "BA"}
-    preds = [{"at": n, "order": o, "sample": k, "pred": v, "text": ""}
-             for (n, o), some in votes.items() for k, v in enumerate(some)]
+    preds = []
+    for (n, order), sampled in votes.items():
+        preds += [{"at": n, "order": order, "sample": sample, "pred": vote, "text": ""}
+                  for sample, vote in enumerate(sampled)]
     got = ev.score(rows, preds)[0]
     # k = 2: AAB -> pairs AA, AB, AB; BA and a vote for nobody -> BA, B-, A- with label B
     first, second = ((1 + 0.5 + 0.5) / 3 + 0) / 2, (0.5 + 1 + 0) / 3
@@ -385,16 +386,21 @@ def test_soft_votes():
     scores = {0: [0.6, 0.6, 0.05], 1: [0.9, 0.3, 0.2], 2: [0.8, 0.2, 0.5]}
     preds = [{"at": n, "order": "AB", "sample": k, "pred": ev.larger(a, 1 - a), "score_a": a,
               "score_b": 1 - a, "text": ""}
-             for n, some in scores.items() for k, a in enumerate(some)]
+             for n, sampled in scores.items() for k, a in enumerate(sampled)]
     preds.append({"at": 3, "order": "AB", "sample": 0, "pred": None, "text": ""})
     assert ev.score(rows, preds)[0]["soft"] == (0 + 1 + 0.5 + 0) / 4
 
 
 def test_position_bias_has_no_soft_vote():
     rows = plain(3)
-    preds = [{"at": n, "order": o, "sample": 0, "pred": "AB"[o == "BA"], "text": "",
-              "score_a": s if o == "AB" else 1 - s, "score_b": 1 - s if o == "AB" else s}
-             for n in range(3) for o in ("AB", "BA") for s in (0.7 + n / 10,)]
+    preds = []
+    for n in range(3):
+        first = 0.7 + n / 10  # what it gives to the candidate that stands first
+        common_part = {"at": n, "sample": 0, "text": ""}
+        preds.append({**common_part, "order": "AB", "pred": "A", "score_a": first,
+                      "score_b": 1 - first})
+        preds.append({**common_part, "order": "BA", "pred": "B", "score_a": 1 - first,
+                      "score_b": first})
     assert ev.score(rows, preds)[0]["soft"] == 0.5
 
 
@@ -428,10 +434,9 @@ def test_paired_comparison(run):
     """McNemar's exact p and the paired interval by hand. kills: the one-sided p; an interval as of
     two independent samples; second - first."""
     rows = [row(n) for n in range(40)]
-    other = {"A": "B", "B": "A"}
-    first = [{"id": r["id"], "pred": r["label"] if n >= 4 else other[r["label"]]}
+    first = [{"id": r["id"], "pred": r["label"] if n >= 4 else OTHER[r["label"]]}
              for n, r in enumerate(rows)]
-    second = [{"id": r["id"], "pred": r["label"] if n < 3 or n >= 12 else other[r["label"]]}
+    second = [{"id": r["id"], "pred": r["label"] if n < 3 or n >= 12 else OTHER[r["label"]]}
               for n, r in enumerate(rows)]
     got = run("--score", write("a.jsonl", first), write("b.jsonl", second), "--data",
               write("rows.jsonl", rows), "--json")
@@ -446,21 +451,21 @@ def test_paired_comparison(run):
     assert got["first"]["overall"] == 36 / 40 and got["second"]["overall"] == 31 / 40
 
 
-@pytest.mark.parametrize("preds, says", [
+@pytest.mark.parametrize("preds, complaint", [
     ([{"id": "r0", "pred": "A"}, {"id": "zz", "pred": "A"}], "preds.jsonl:2: .*'zz'.* fits 0 rows"),
     ([{"id": "twin", "pred": "A"}], "fits 2 rows.*\"row\""),
     ([{"id": "r0", "row": 1, "pred": "A"}], "id 'r0', row 1 fits 0"),
     ([{"id": "r0", "pred": "A"}, {"id": "r0", "pred": "B"}], "second verdict.*preds.jsonl:1"),
     ([{"id": "r0", "pred": "C"}], "pred 'C'"), ([{"id": "r0"}], "pred 'missing'"),
-    ([{"id": "r0", "order": "A", "pred": "A"}], "order 'A'"), (["A"], "not a JSON object"),
+    ([{"id": "r0", "order": "A", "pred": "A"}], "order 'A'"), (['"A"'], "not a JSON object"),
     ([{"id": "r0", "score_a": 1}], "only one of the two"), ([], "holds no predictions")])
-def test_bad_predictions_are_named(run, preds, says):
+def test_bad_predictions_are_named(run, preds, complaint):
     rows = [row(0), row(1), row(2, id="twin"), row(3, id="twin")]
-    with pytest.raises(SystemExit, match=says):
+    with pytest.raises(SystemExit, match=complaint):
         scored(run, "rows", write("rows.jsonl", rows), preds)
 
 
-@pytest.mark.parametrize("benchmark, data, says", [
+@pytest.mark.parametrize("benchmark, data, complaint", [
     ("vl_rewardbench", [vl("a", human_ranking=[1, 1])], "human_ranking"),
     ("vl_rewardbench", [{"id": "a"}], "published form.*KeyError"),
     ("genai_image", [genai("leftvote") | {"vote_type": "left"}], "vote_type 'left'"),
@@ -468,12 +473,12 @@ def test_bad_predictions_are_named(run, preds, says):
     ("rm_bench", [rm_bench("a", "chat") | {"chosen": ["a"]}], "three styles"),
     ("multimodal_rewardbench", [multimodal("a", "vqa", 3)], "Output3"),
     ("mm_rlhf_rewardbench", [mm_rlhf("a", "elsewhere")], "elsewhere")])
-def test_bad_benchmark_rows_are_named(run, benchmark, data, says):
-    with pytest.raises(SystemExit, match=says):
+def test_bad_benchmark_rows_are_named(run, benchmark, data, complaint):
+    with pytest.raises(SystemExit, match=complaint):
         scored(run, benchmark, write("data.json", data), [{"id": "a", "pred": "A"}])
 
 
-# ---------------------------------------------------------------------------------------- judging
+# ------------------------------------------------------------------------------------------ judging
 class Judge:
     """Stands for model, encoder and sample_group: say(prompt, vote) -> answer text."""
     forbidden, image_token_id = common.FORBIDDEN, None
@@ -504,10 +509,6 @@ class Judge:
 
     def decode(self, ids):
         return ids
-
-
-def thinks(side):
-    return f"<think>\nFeedback:\nfine\n</think>\n<answer>\n{side}\n</answer>"
 
 
 def finds_good(prompt, vote):
@@ -564,7 +565,7 @@ def publish(name):
             out.writerows(map(videogen, ["A", "B", "same", "A", ""]))
     elif name == "sharegpt_video":
         picture(folder / "v5" / "0.png")
-        videos = [v for v in (f"v{n}" for n in range(99)) if common.held_out(v)][:2]
+        videos = [video for video in map("v{}".format, range(99)) if common.held_out(video)][:2]
         for v in videos:
             picture(folder / v / "0.png")
         write(folder / "sft_dpo_17k.jsonl", [sharegpt(n, v) for n, v in enumerate(["zz", *videos])])
@@ -613,13 +614,15 @@ def test_a_killed_run_goes_on(run, monkeypatch):
     data = write("rows.jsonl", [row(n, prompt="What?" * (n + 1)) for n in range(9)])
     command = ["--model", "m", "--data", data, "--out", "o.jsonl", "--json", "--batch_size", 2,
                "--votes", 3]
-    say = lambda prompt, vote: thinks("A" if vote else "B")
+
+    def say(prompt, vote):
+        return thinks("A" if vote else "B")
     first = Judge(monkeypatch, say, stop_after=6)
     with pytest.raises(KeyboardInterrupt):
         run(*command)
-    lines = Path("o.jsonl").read_text().splitlines()
-    assert len(first.prompts) == 6 and len(lines) == 18
-    Path("o.jsonl").write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])
+    written = Path("o.jsonl").read_text().splitlines()
+    assert len(first.prompts) == 6 and len(written) == 18
+    Path("o.jsonl").write_text("\n".join(written[:-1]) + "\n" + written[-1][:20])
     second = Judge(monkeypatch, say)
     got = run(*command)
     assert len(second.prompts) == 18 - 5 and not set(second.prompts) & set(first.prompts[:5])
@@ -682,11 +685,11 @@ def test_the_soft_vote_is_the_probability_of_the_letter():
 
 
 def test_votes_and_orders_of_a_real_model(run):
-    """The toy backbone judges for real: K votes an order, probabilities beside the verdicts."""
+    """The toy backbone judges for real: K votes per order, probabilities beside the verdicts."""
     data = write("rows.jsonl", [row(n, prompt="ann red disc . colour of ann ?") for n in range(2)])
     got = run("--model", toy_world.PREBUILT, "--data", data, "--votes", 2, "--out", "o.jsonl",
               "--json", "--max_new_tokens", 120)
-    preds = [json.loads(line) for line in open("o.jsonl")]
+    preds = lines("o.jsonl")
     assert [(p["row"], p["order"], p["sample"]) for p in preds] == list(
         itertools.product(range(2), ("AB", "BA"), range(2)))
     for p in preds:
@@ -696,7 +699,7 @@ def test_votes_and_orders_of_a_real_model(run):
     assert got["vote"].keys() == {"1", "2"}
 
 
-# ----------------------------------------------------------------------------------------- ranking
+# ------------------------------------------------------------------------------------------ ranking
 @pytest.fixture
 def reward_models(monkeypatch):
     """Two Bradley-Terry checkpoints whose score is the number in the text, and ten times it."""
@@ -726,7 +729,7 @@ def test_reward_models_are_averaged(run, reward_models):
             for n, (a, b) in enumerate(numbers)]
     data = write("rows.jsonl", rows)
     got = run("--model", "1", "--model", "10", "--data", data, "--out", "o.jsonl", "--json")
-    preds = [json.loads(line) for line in open("o.jsonl")]
+    preds = lines("o.jsonl")
     assert [(p["pred"], p["score_a"], p["score_b"], p["order"]) for p in preds] == [
         (None if a == b else "AB"[a < b], 5.5 * a, 5.5 * b, "AB") for a, b in numbers]
     assert got["overall"] == 3 / 4 and got["unparsable"] == 0
@@ -749,13 +752,25 @@ def test_the_schedule_never_repeats_a_pair(n):
     assert len(ev.schedule(n, None, random.Random(0))) == n * (n - 1) // 2
 
 
-def test_win_rates():
-    """kills: the loser's points lost; an error of 0 after three wins of three."""
-    rewards, errors = ev.win_rates(4, [(0, 1, 1.0), (0, 2, 1.0), (1, 2, 0.5), (0, 3, 1.0)])
+def check_win_rates(win_rates):
+    rewards, errors = win_rates(4, [(0, 1, 1.0), (0, 2, 1.0), (1, 2, 0.5), (0, 3, 1.0)])
     assert rewards == [1, 0.25, 0.25, 0]
     assert errors[0] == pytest.approx(math.sqrt(4 * 1 / (5 ** 2 * 6)))
     assert errors[1] == pytest.approx(math.sqrt(1.5 * 2.5 / (4 ** 2 * 5)))
     assert errors[3] == pytest.approx(math.sqrt(1 * 2 / (3 ** 2 * 4)))
+
+
+def test_win_rates():
+    check_win_rates(ev.win_rates)
+
+
+def test_the_frame_of_the_wrong_win_rates_is_right():
+    check_win_rates(wrong_versions.win_rates)
+
+
+@pytest.mark.parametrize("name", wrong_versions.WIN_RATES)
+def test_wrong_win_rates_are_rejected(name):
+    rejects(check_win_rates, wrong_versions.WIN_RATES[name])
 
 
 def test_bradley_terry_fit():
@@ -784,41 +799,49 @@ def test_bradley_terry_fit():
 
     strengths, draws, errors = [0.8, 0.3, 0.0, -0.4], [], []
     for _ in range(150):
-        games = [(i, j, float(rng.random() < 1 / (1 + math.exp(strengths[j] - strengths[i]))))
-                 for _ in range(20) for i in range(4) for j in range(i + 1, 4)]
-        rewards, some = ev.bradley_terry(4, games)
+        games = []
+        for i, j in list(itertools.combinations(range(4), 2)) * 20:
+            chance = 1 / (1 + math.exp(strengths[j] - strengths[i]))
+            games.append((i, j, float(rng.random() < chance)))
+        rewards, standard_errors = ev.bradley_terry(4, games)
         draws.append(rewards)
-        errors.append(some)
+        errors.append(standard_errors)
     spread = torch.tensor(draws).std(0)
     assert (torch.tensor(errors).mean(0) / spread - 1).abs().max() < 0.25
 
 
 def number_judge(prompt, vote):
-    said = [float(part.split("\n")[1].split()[-1]) for part in prompt.split("Response]")[1:] if
-            part.startswith("\nsays")]
-    return thinks("A" if said[0] > said[1] else "B")
+    """Names the larger of the two numbers that the responses say."""
+    numbers = []
+    for part in prompt.split("Response]")[1:]:
+        if part.startswith("\nsays"):
+            numbers.append(float(part.split("\n")[1].split()[-1]))
+    return thinks("A" if numbers[0] > numbers[1] else "B")
 
 
 @pytest.mark.parametrize("more, judgements", [
     ((), 56), (("--rounds", 2), 16), (("--rounds", 2, "--aggregate", "bradley_terry"), 16)])
 def test_rank(run, monkeypatch, more, judgements):
-    """Eight candidates: 56 ordered pairs, or 8 a round. kills: one order; the verdict given to the
-    wrong candidate; the worst named best."""
+    """Eight candidates: 56 ordered pairs, or 8 per round. kills: one order; the verdict given to
+    the wrong candidate; the worst named best."""
     numbers = [[3, 1, 4, 15, 9, 2, 6, 5], [2, 7, 1, 8, 28, 18, 4, 5]]
-    sets = write("c.jsonl", [{"id": k, "prompt": "Which?", "candidates": [
-        f"says {n}" for n in some]} for k, some in enumerate(numbers)])
+    sets = write("c.jsonl", [
+        {"id": k, "prompt": "Which?", "candidates": [f"says {number}" for number in candidates]}
+        for k, candidates in enumerate(numbers)])
     judge = Judge(monkeypatch, number_judge)
     command = ["--model", "m", "--rank", sets, "--out", "r.jsonl", *more]
     run(*command)
     assert len(judge.prompts) == 2 * judgements
-    for some, line in zip(numbers, map(json.loads, open("r.jsonl"))):
+    for candidates, line in zip(numbers, lines("r.jsonl"), strict=True):
         assert line["judgements"] == judgements and line["best"] == line["ranking"][0]
-        best, worst = (line["rewards"][some.index(f(some))] for f in (max, min))
+        best = line["rewards"][candidates.index(max(candidates))]
+        worst = line["rewards"][candidates.index(min(candidates))]
         assert best > worst and ("bradley_terry" in more or (best, worst) == (1, 0))
         assert min(line["rewards"]) >= 0 and max(line["rewards"]) <= 1
         assert min(line["standard_errors"]) > 0
         if not more:
-            assert [some[k] for k in line["ranking"]] == sorted(some, reverse=True)
+            ranked = [candidates[k] for k in line["ranking"]]
+            assert ranked == sorted(candidates, reverse=True)
             assert sorted(line["rewards"]) == pytest.approx([k / 7 for k in range(8)])
     again = Judge(monkeypatch, number_judge)
     run(*command)
@@ -831,18 +854,23 @@ def test_rank_of_a_position_bias_and_of_nonsense(run, monkeypatch):
              {"row": 0, "i": 2, "j": 1, "pred": "A"}]
     assert ev.shares_of(preds) == {(0, 0, 1): 0.75, (0, 1, 2): 0.0}
     sets = write("c.jsonl", [{"id": 1, "prompt": "Which?", "candidates": list("abc")}])
-    for text in (thinks("A"), "Both."):
+    def judge_says(text):
         Judge(monkeypatch, lambda prompt, vote: text)
-        got = run("--model", "m", "--rank", sets)  # without --out it is printed
-        assert got["rewards"] == [0.5] * 3
+        return run("--model", "m", "--rank", sets)  # without --out it is printed
+    assert judge_says(thinks("A"))["rewards"] == [0.5] * 3
+    assert judge_says("Both.")["rewards"] == [0.5] * 3
 
 
 def test_rank_with_reward_models(run, reward_models):
     """The mean probability of beating each other candidate; its error from the models' spread."""
     sets = write("c.jsonl", [{"id": 1, "prompt": "Which?", "candidates": ["x 0", "x 1", "x -1"]}])
     got = run("--model", "1", "--model", "10", "--rank", sets)
-    win = lambda d: 1 / (1 + math.exp(-d))
-    rate = lambda scale: [(win(-scale) + win(scale)) / 2, (win(scale) + win(2 * scale)) / 2]
+
+    def win(difference):
+        return 1 / (1 + math.exp(-difference))
+
+    def rate(scale):
+        return [(win(-scale) + win(scale)) / 2, (win(scale) + win(2 * scale)) / 2]
     assert got["rewards"][:2] == pytest.approx(rate(5.5)) and got["ranking"] == [1, 0, 2]
     spread = abs(rate(1)[1] - rate(10)[1]) / 2  # two models: std / sqrt(2) is half the distance
     assert got["standard_errors"][1] == pytest.approx(spread) and got["judgements"] == 3
@@ -875,7 +903,7 @@ def test_the_page_holds_text_as_text(run):
     rows.append(vl("mmmu_<flip>"))
     write("data.json", rows)
     preds = [{"id": r["id"], "pred": "A" if n else "B", "text": evil}
-             for n, (r, evil) in enumerate(zip(rows, EVIL))]
+             for n, (r, evil) in enumerate(zip(rows, EVIL, strict=False))]
     preds += [{"id": "mmmu_<flip>", "order": o, "pred": p, "text": "t"} for o, p in (("AB", "A"),
                                                                                    ("BA", "B"))]
     write("runs/<x>/metrics.jsonl", [{"step": s, "reward": s / 7, "kl": math.nan}
@@ -884,8 +912,9 @@ def test_the_page_holds_text_as_text(run):
     source = Path("page.html").read_text()
     page = Page()
     page.feed(source)
-    assert set(page.tags) <= set("html head meta title style body h1 h2 table tr th td p pre div b "
-                                 "svg details summary img text polyline".split())
+    assert set(page.tags) <= {
+        "html", "head", "meta", "title", "style", "body", "h1", "h2", "table", "tr", "th", "td",
+        "p", "pre", "div", "b", "svg", "details", "summary", "img", "text", "polyline"}
     assert not [v for v in page.values if v[1].startswith("on") or "javascript" in str(v[2])]
     assert all(v.startswith("data:image/jpeg") for tag, k, v in page.values if k in ("src", "href"))
     assert "default-src 'none'" in dict((k, v) for t, k, v in page.values if t == "meta")["content"]
@@ -913,7 +942,7 @@ def test_the_page_in_a_browser(run):
     assert title.startswith("vl_rewardbench") and dom.count("<details") == 1
 
 
-# ------------------------------------------------------------------------------------- attempts
+# ----------------------------------------------------------------------------------------- attempts
 def test_attempts_count_until_the_first_right_answer(tmp_path, monkeypatch):
     # kills: counted from 0, the last right one, K for never, labels of the unswapped row, the
     # swapped row written (its rationale names a bare B, which no swap follows), judged again
@@ -931,13 +960,13 @@ def test_attempts_count_until_the_first_right_answer(tmp_path, monkeypatch):
         "eval.py", "--model", str(toy_world.PREBUILT), "--data", str(tmp_path / "rows.jsonl"),
         "--attempts", "3", "--out", str(tmp_path / "out.jsonl")])
     ev.main()
-    got = [json.loads(line) for line in open(tmp_path / "out.jsonl")]
+    got = lines(tmp_path / "out.jsonl")
     assert [r["attempts"] for r in got] == [1, 2, 4, 3, 1, 2]
     assert [r["id"] for r in common.hard_rows(got, 2)] == ["r1", "r2", "r3", "r5"]
-    assert [{k: r[k] for k in was} for r, was in zip(got, rows)] == rows
+    assert [{k: r[k] for k in was} for r, was in zip(got, rows, strict=True)] == rows
     monkeypatch.setattr(common, "judge", None)
     ev.main()  # killed after the last verdict, say: nothing is judged again
-    assert [json.loads(line) for line in open(tmp_path / "out.jsonl")] == got
+    assert lines(tmp_path / "out.jsonl") == got
 
 
 # ------------------------------------------------------------------- what a review of eval.py found

@@ -3,8 +3,8 @@ Oracles for the GRPO block: its mathematics, its packed forward, its sampling an
 for the loss of stage 0.
 
 An oracle is the plainest way to the same number: Python loops in float64, one sequence at a time
-without padding, transformers' own generate(). Every test was seen to fail on wrong code: either a
-bank of wrong versions stands beside it, or "kills:" names edits of the source that it caught.
+without padding, transformers' own generate(). Every test was seen to fail on wrong code: either
+wrong_versions.py has such versions, or "kills:" names edits of the source that it caught.
 """
 
 import copy
@@ -12,14 +12,15 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import toy_world
 import torch
-import transformers
+import wrong_versions
+from helpers import rejects, small_world, text_only_model
 from transformers import cache_utils
 
 import common
 import stage0_sft
 import stage1_text_grpo as stage1
-import toy_world
 
 B, G, T, V = 3, 5, 7, 11  # sizes that no mixed-up axis can fit by accident
 OFF = math.inf            # max_grad_norm that never clips
@@ -32,18 +33,13 @@ LENGTHS = [[4, 1, 6, 2, 3], [5, 2, 1, 7, 3], [2, 8, 3, 1, 4]]
 def world(tmp_path_factory):
     """Models, encoders and prompts. The weights are 20 times the usual size, so that distributions
     are far from uniform, and a wrong mask, position or image moves log-probs by tenths or more."""
-    folder = tmp_path_factory.mktemp("world")
-    sizes = {"sft": 6, "text_rl": 6, "caption_rl": 4, "mm_rl": 4, "heldout": 1}
-    toy_world.write_world(folder, seed=0, sizes=sizes, quiet=True)
+    folder = small_world(tmp_path_factory.mktemp("world"), sft=6, text_rl=6, caption_rl=4, mm_rl=4)
     tok = toy_world.make_tokenizer()
     torch.manual_seed(0)
     model, images = toy_world.make_model(tok, hidden=32, layers=2)
     enlarge(model)
     toy_world.save_backbone(model, tok, images, folder / "backbone")
-    plain = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=len(tok), hidden_size=32, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=4096,
-        tie_word_embeddings=True, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
+    plain = text_only_model(tok, tie_word_embeddings=True)
     enlarge(plain)
     plain.save_pretrained(folder / "text_only")
     tok.save_pretrained(folder / "text_only")
@@ -53,10 +49,11 @@ def world(tmp_path_factory):
     seen = common.load_rows(str(folder / "mm_rl.jsonl"), encoder, quiet=True)
     seen = {r["task"]: r for r in seen}
     text = [encoder(r) for r in sorted(rows, key=lambda r: r["tokens"])]
-    image, two, video, film = (encoder(seen[t]) for t in (
-        "image_understanding", "image_generation", "video_understanding", "video_generation"))
-    prompts = {"text": [text[0], text[2], text[5]], "one image": [image], "two images": [two],
-               "video": [video, film], "mixed": [two, text[0], image]}
+    image, two_images = encoder(seen["image_understanding"]), encoder(seen["image_generation"])
+    videos = [encoder(seen["video_understanding"]), encoder(seen["video_generation"])]
+    prompts = {"text": [text[0], text[2], text[5]], "one image": [image],
+               "two images": [two_images], "video": videos,
+               "mixed": [two_images, text[0], image]}
     return SimpleNamespace(folder=folder, model=model, encoder=encoder, prompts=prompts, seen=seen,
                            text_model=text_model, text_encoder=text_encoder)
 
@@ -73,8 +70,14 @@ def make_answers(encoder, n, seed=0):
     g = torch.Generator().manual_seed(seed)
     free = [i for i in range(len(encoder.tokenizer))
             if i not in encoder.eos_ids and i != encoder.image_token_id]
-    out = [[[free[j] for j in torch.randint(len(free), (k - 1,), generator=g)]
-            + [encoder.eos_ids[k % len(encoder.eos_ids)]] for k in row] for row in LENGTHS[:n]]
+    out = []
+    for lengths in LENGTHS[:n]:
+        group = []
+        for length in lengths:
+            places = torch.randint(len(free), (length - 1,), generator=g)
+            end = encoder.eos_ids[length % len(encoder.eos_ids)]
+            group.append([free[place] for place in places] + [end])
+        out.append(group)
     out[0][2][-1] = free[5]
     return out
 
@@ -102,24 +105,6 @@ def advantages_by_loop(rewards, every_reward, kind, scale_std, sigma):
     return torch.tensor(adv, dtype=torch.float64), torch.tensor(keep)
 
 
-def wrong_std(r, every, kind, scale, sigma):
-    base = r if kind == "group" else every.flatten()[None]
-    return (r - base.mean(1, keepdim=True)) / base.std(1, keepdim=True), torch.ones_like(r) > 0
-
-
-WRONG_ADVANTAGES = {
-    "unbiased std": wrong_std,
-    "batch statistics of this process alone": lambda r, every, *a: stage1.advantages(r, r, *a),
-    "always the group": lambda r, e, kind, *a: stage1.advantages(r, e, "group", *a),
-    "always the batch": lambda r, e, kind, *a: stage1.advantages(r, e, "batch", *a),
-    "scale inverted": lambda r, e, kind, scale, sigma: stage1.advantages(
-        r, e, kind, not scale, sigma),
-    "mean over the wrong axis": lambda r, e, *a: tuple(
-        x.mT for x in stage1.advantages(r.mT.contiguous(), e.mT.contiguous(), *a)),
-    "no filter": lambda r, e, kind, scale, sigma: stage1.advantages(r, e, kind, scale, 0.0),
-}
-
-
 def advantage_cases():
     """B = 3 of 6 groups of this process; one group of ours has no spread, one answer is far out."""
     g = torch.Generator().manual_seed(1)
@@ -134,15 +119,22 @@ def same_advantages(got, want):
     return torch.allclose(got[0], want[0], rtol=0, atol=1e-12) and torch.equal(got[1], want[1])
 
 
-def test_advantages_equal_a_loop():
+def check_advantages(advantages):
     for case in advantage_cases():
-        assert same_advantages(stage1.advantages(*case), advantages_by_loop(*case))
+        assert same_advantages(advantages(*case), advantages_by_loop(*case))
 
 
-@pytest.mark.parametrize("name", WRONG_ADVANTAGES)
+def test_advantages_equal_a_loop():
+    check_advantages(stage1.advantages)
+
+
+def test_the_frame_of_the_wrong_advantages_is_right():
+    check_advantages(wrong_versions.advantages)
+
+
+@pytest.mark.parametrize("name", wrong_versions.ADVANTAGES)
 def test_the_loop_rejects_wrong_advantages(name):
-    assert not all(same_advantages(WRONG_ADVANTAGES[name](*case), advantages_by_loop(*case))
-                   for case in advantage_cases())
+    rejects(check_advantages, wrong_versions.ADVANTAGES[name])
 
 
 def test_equal_rewards_give_exactly_zero():
@@ -218,7 +210,9 @@ def loss_by_loop(logp, old, ref, advantage, weight, clip_low, clip_high, pre_cli
                 slope += beta * (1 - math.exp(r - x))
             total += w * term
             gradient[i, t] = w * slope
-            counts = [n + k for n, k in zip(counts, (low, high, not inside))]
+            counts[0] += low
+            counts[1] += high
+            counts[2] += not inside
     return total, gradient, counts
 
 
@@ -254,48 +248,22 @@ def close_loss(loss, case):
         gradient, want_gradient, rtol=1e-9, atol=1e-12)
 
 
-def wrong_loss(pick=torch.min, sign=1, pre=True, exchanged=False, kl=lambda d: d.exp() - d - 1):
-    """The objective with one thing wrong."""
-    def loss(logp, old, ref, advantage, weight, low, high, pre_clip, beta):
-        low, high = (high, low) if exchanged else (low, high)
-        step = logp - old
-        if pre and pre_clip > 0:
-            step = step.clamp(-math.log(pre_clip), math.log(pre_clip))
-        ratio = step.exp()
-        gain = pick(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
-        return ((-gain + beta * kl(sign * (ref - logp))) * weight).sum(), {}
-    return loss
-
-
-WRONG_LOSSES = {
-    "max in place of min": wrong_loss(pick=torch.max),
-    "only the clipped ratio": wrong_loss(pick=lambda a, b: b),
-    "no PPO clip": wrong_loss(pick=lambda a, b: a),
-    "clip low and high exchanged": wrong_loss(exchanged=True),
-    "no pre-clip": wrong_loss(pre=False),
-    "sign of the log-ratio in k3": wrong_loss(sign=-1),
-    "k1": wrong_loss(kl=lambda d: -d),
-    "k2": wrong_loss(kl=lambda d: d * d / 2),
-    "KL of a detached policy": wrong_loss(kl=lambda d: (d.exp() - d - 1).detach()),
-    "mean over tokens": lambda *a: (stage1.grpo_loss(*a)[0] / (a[4] > 0).sum(), {}),
-    "weight inside the min": lambda logp, old, ref, adv, w, *a: stage1.grpo_loss(
-        logp, old, ref, adv * w, torch.ones_like(w), *a),
-}
-
-
-def test_the_frame_of_the_wrong_losses_is_right():
-    # with nothing wrong in it the frame agrees, so what the bank shows is the wrong thing alone
-    assert all(close_loss(wrong_loss(), case) for case in loss_cases())
+def check_loss(loss):
+    for case in loss_cases():
+        assert close_loss(loss, case)
 
 
 def test_loss_and_gradient_equal_a_loop():
-    for case in loss_cases():
-        assert close_loss(stage1.grpo_loss, case)
+    check_loss(stage1.grpo_loss)
 
 
-@pytest.mark.parametrize("name", WRONG_LOSSES)
+def test_the_frame_of_the_wrong_losses_is_right():
+    check_loss(wrong_versions.loss)
+
+
+@pytest.mark.parametrize("name", wrong_versions.LOSSES)
 def test_the_loop_rejects_wrong_losses(name):
-    assert not all(close_loss(WRONG_LOSSES[name], case) for case in loss_cases())
+    rejects(check_loss, wrong_versions.LOSSES[name])
 
 
 def test_logged_clip_shares_are_those_that_bind():
@@ -363,13 +331,13 @@ def right_kl(loss):
 
 def test_k3_against_the_exact_sum():
     assert right_kl(stage1.grpo_loss)
+    assert right_kl(wrong_versions.loss), "the frame of the wrong estimators is right"
 
 
-@pytest.mark.parametrize("name", ["sign of the log-ratio in k3", "k1", "k2",
-                                  "KL of a detached policy"])
+@pytest.mark.parametrize("name", wrong_versions.KL_ESTIMATORS)
 def test_the_exact_sum_rejects_other_estimators(name):
     # k1 has the right mean too; what gives it away is that it is negative and its gradient 0
-    assert not right_kl(WRONG_LOSSES[name])
+    assert not right_kl(wrong_versions.KL_ESTIMATORS[name])
 
 
 def test_loss_starts_at_zero_but_its_gradient_does_not():
@@ -404,23 +372,32 @@ def unpack(x, owner):
     return [x[i][owner[i] == g] for i in range(len(x)) for g in range(1, G + 1)]
 
 
+def pairs_of(prompts, answers):
+    """(prompt, answer) of every answer."""
+    pairs = []
+    for prompt, group in zip(prompts, answers, strict=True):
+        pairs += [(prompt, answer) for answer in group]
+    return pairs
+
+
 def packed_error(world, model, encoder, prompts, temperature=0.7):
     """Largest error of log-probs and of entropies, and relative error of the gradient, of the
     packed forward against one-by-one forwards. Random weights, so that no error cancels out."""
     answers = make_answers(encoder, len(prompts))
     g = torch.Generator().manual_seed(6)
-    weights = [torch.rand(len(a), generator=g).double() for group in answers for a in group]
-    pairs = [(p, a) for p, group in zip(prompts, answers) for a in group]
+    pairs = pairs_of(prompts, answers)
+    weights = [torch.rand(len(answer), generator=g).double() for _, answer in pairs]
     want = [alone(model, encoder, p, a, temperature) for p, a in pairs]
     model.zero_grad()
-    sum((w * x).sum() for w, (x, _) in zip(weights, want)).backward()
+    sum((w * x).sum() for w, (x, _) in zip(weights, want, strict=True)).backward()
     right = flat_gradient(model)
     model.zero_grad()
     logp, entropy, owner = stage1.packed_logps(model, encoder, prompts, answers, temperature)
     assert (logp[owner < 0] == 0).all() and (owner > 0).sum() == sum(len(a) for _, a in pairs)
     got = unpack(logp, owner)
-    sum((w * x.double()).sum() for w, x in zip(weights, got)).backward()
-    right_logp, right_entropy = map(torch.cat, zip(*want))
+    sum((w * x.double()).sum() for w, x in zip(weights, got, strict=True)).backward()
+    right_logp = torch.cat([logp for logp, _ in want])
+    right_entropy = torch.cat([entropy for _, entropy in want])
     errors = ((torch.cat(got) - right_logp).abs().max().item(),
               (torch.cat(unpack(entropy, owner)) - right_entropy).abs().max().item(),
               distance(flat_gradient(model), right))
@@ -439,45 +416,17 @@ def test_packed_forward_equals_one_by_one(world, kind):
     assert max(errors[:2]) < 1e-4 and errors[2] < 5e-5
 
 
-def wrong_pack(name):
-    right = stage1.pack
-
-    def pack(prompts, answers, pad_id, device):
-        ids, positions, sees, source, target, owner, pixels = right(
-            prompts, answers, pad_id, device)
-        real = torch.cat([common.left_pad(prompts, pad_id, device)[1] > 0, owner > 0], 1)
-        width = ids.shape[1] - target.shape[1]
-        if name == "answers see the answers before them":
-            sees = (real[:, None, :] & torch.ones_like(sees[0, 0]).tril()
-                    | torch.eye(len(sees[0, 0]), dtype=torch.bool))[:, None]
-        if name == "positions go on from answer to answer":
-            positions = (real.long().cumsum(1) - 1).clamp(min=0)
-        if name == "answers start at the padded width":
-            shift = torch.tensor([width - len(p.ids) for p in prompts])
-            positions[:, width:] += shift[:, None]
-        if name == "source off by one":
-            source = (source + 1).clamp(max=target.shape[1])
-        if name == "first token predicted by the answer before":
-            source = torch.arange(target.shape[1]).expand_as(source)
-        if name == "padding is seen":
-            sees = sees | (~real[:, None, None, :] & torch.ones_like(sees[0, 0]).tril())
-        if name == "answers do not see the prompt's last token":
-            sees[:, :, width:, width - 1] = False
-        if name == "images in another order":
-            pixels = pixels.roll(1, 0)
-        return ids, positions, sees, source, target, owner, pixels
-    return pack
-
-
-@pytest.mark.parametrize("name", [
-    "answers see the answers before them", "positions go on from answer to answer",
-    "answers start at the padded width", "source off by one", "padding is seen",
-    "first token predicted by the answer before", "answers do not see the prompt's last token",
-    "images in another order"])
+@pytest.mark.parametrize("name", wrong_versions.PACKINGS)
 def test_one_by_one_rejects_wrong_packing(world, monkeypatch, name):
-    monkeypatch.setattr(stage1, "pack", wrong_pack(name))
+    monkeypatch.setattr(stage1, "pack", wrong_versions.PACKINGS[name])
     errors = packed_error(world, world.model, world.encoder, world.prompts["mixed"])
     assert errors[0] > 0.01 and errors[2] > 0.01
+
+
+def test_the_frame_of_the_wrong_packings_is_right(world, monkeypatch):
+    monkeypatch.setattr(stage1, "pack", wrong_versions.pack)
+    errors = packed_error(world, world.model, world.encoder, world.prompts["mixed"])
+    assert max(errors[:2]) < 1e-4 and errors[2] < 5e-5
 
 
 def test_each_packing_of_the_docstring():
@@ -561,8 +510,12 @@ def test_greedy_equals_generate(world, compactions, kind):
     free = generate(world, with_eos(world.encoder, [world.encoder.eos_id]), prompts, 12)
     # end the answers at different times, with two tokens that they really contain
     pairs = [{i, j} for i in free[0][2:8] for j in free[-1][2:]]
-    length = lambda e: [len(until(ids, e)) for ids in free]  # noqa: E731
-    encoder = with_eos(world.encoder, max(pairs, key=lambda e: (len(set(length(e))), *length(e))))
+
+    def unequal(ends):
+        """The more different lengths, the better; then the longer, the better."""
+        lengths = [len(until(ids, ends)) for ids in free]
+        return len(set(lengths)), *lengths
+    encoder = with_eos(world.encoder, max(pairs, key=unequal))
     want = generate(world, encoder, prompts, 12)
     got = stage1.sample_group(world.model, encoder, prompts, 2, 0.0, 12, None)
     assert got.ids == [row for row in want for _ in "12"]
@@ -579,11 +532,13 @@ def test_the_cache_with_room_holds_what_a_growing_one_holds():
     rows, moved = B, 0
     for step, new in enumerate([5] + 90 * [1]):
         if step == 1:
-            ours.batch_repeat_interleave(G), plain.batch_repeat_interleave(G)
+            ours.batch_repeat_interleave(G)
+            plain.batch_repeat_interleave(G)
             rows *= G
         if step in (4, 70, 80):
             keep = torch.randperm(rows, generator=generator)[:rows - 3]
-            ours.batch_select_indices(keep), plain.batch_select_indices(keep)
+            ours.batch_select_indices(keep)
+            plain.batch_select_indices(keep)
             rows -= 3
         for layer in (0, 1):
             # as attention makes them: heads and tokens exchanged, so no contiguous memory
@@ -597,40 +552,49 @@ def test_the_cache_with_room_holds_what_a_growing_one_holds():
     assert moved <= 2 * 7  # it copies now and then, not for each of 91 tokens
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_no_answer_contains_an_image(world, monkeypatch, temperature):
-    # An image token in an answer crashes the next forward. kills: its logit left as it is
+def check_no_image(sample_group, world, temperature=1.0):
+    """An image token in an answer crashes the next forward."""
     real = type(world.model).forward
 
     def loud(self, *args, **kwargs):
         out = real(self, *args, **kwargs)
         out.logits[..., world.encoder.image_token_id] += 1e4
         return out
-    monkeypatch.setattr(type(world.model), "forward", loud)
-    rollout = stage1.sample_group(world.model, world.encoder, world.prompts["text"], G, temperature,
-                                  4, torch.Generator().manual_seed(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(world.model), "forward", loud)
+        rollout = sample_group(world.model, world.encoder, world.prompts["text"], G, temperature, 4,
+                               torch.Generator().manual_seed(0))
     assert all(world.encoder.image_token_id not in ids for ids in rollout.ids)
 
 
-def test_sampled_log_probs_equal_the_packed_ones(world, compactions):
-    # The ratio of the first update is 1 only if what was sampled from is what is scored.
-    # kills: temperature in one of the two only, prompts repeated in another order than answers
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_answer_contains_an_image(world, temperature):
+    check_no_image(stage1.sample_group, world, temperature)
+
+
+def check_log_probs(sample_group, world):
+    """The ratio of the first update is 1 only if what was sampled from is what is scored."""
     encoder, prompts = often_ending(world.encoder), world.prompts["mixed"]
-    rollout = stage1.sample_group(world.model, encoder, prompts, G, 0.7, 10,
-                                  torch.Generator().manual_seed(8))
+    rollout = sample_group(world.model, encoder, prompts, G, 0.7, 10,
+                           torch.Generator().manual_seed(8))
     answers = [rollout.ids[i:i + G] for i in range(0, B * G, G)]
-    assert len({len(a) for a in rollout.ids}) > 2 and compactions
+    assert len({len(a) for a in rollout.ids}) > 2
     with torch.no_grad():
         logp, _, owner = stage1.packed_logps(world.model, encoder, prompts, answers, 0.7)
-    for sampled, scored in zip(rollout.logp, unpack(logp, owner)):
+    for sampled, scored in zip(rollout.logp, unpack(logp, owner), strict=True):
         assert torch.allclose(torch.tensor(sampled), scored, atol=1e-4)
 
 
-def test_where_answers_end(world):
-    # kills: EOS left out, only one of several EOS ids heeded, tokens after the EOS kept
+def test_sampled_log_probs_equal_the_packed_ones(world, compactions):
+    check_log_probs(stage1.sample_group, world)
+    assert compactions, "the case does not bite: no row left the batch"
+
+
+def check_ends(sample_group, world):
+    """The first of several end-of-sequence tokens ends an answer, and belongs to it."""
     encoder, n = often_ending(world.encoder), 6
-    rollout = stage1.sample_group(world.model, encoder, world.prompts["text"], 20, 1.0, n,
-                                  torch.Generator().manual_seed(9))
+    rollout = sample_group(world.model, encoder, world.prompts["text"], 20, 1.0, n,
+                           torch.Generator().manual_seed(9))
     assert len(rollout.ids) == len(rollout.logp) == 3 * 20
     cut = [ids for ids in rollout.ids if ids[-1] not in encoder.eos_ids]
     ended = [ids for ids in rollout.ids if ids[-1] in encoder.eos_ids]
@@ -639,7 +603,12 @@ def test_where_answers_end(world):
     assert all(t not in encoder.eos_ids for ids in ended for t in ids[:-1])
     assert all(t not in encoder.eos_ids for ids in cut for t in ids)
     assert [len(x) for x in rollout.logp] == [len(x) for x in rollout.ids]
-    assert all(x <= 0 for row in rollout.logp for x in row)
+    assert all(logp <= 0 for row in rollout.logp for logp in row)
+
+
+def test_where_answers_end(world):
+    # kills: only one of several end-of-sequence tokens heeded
+    check_ends(stage1.sample_group, world)
 
 
 def chi_square(tokens, p):
@@ -653,13 +622,12 @@ def chi_square(tokens, p):
     return (((counts - expected) ** 2 / expected).sum().item() - df) / math.sqrt(2 * df)
 
 
-def test_first_tokens_follow_the_softmax(world):
-    # Nothing but plain softmax at the temperature, prompt by prompt. The same numbers reject
-    # samples of another temperature, of a top-k and of the neighbouring prompt.
-    # kills: repeat() in place of repeat_interleave(), a top-k, temperature applied twice or never
+def check_first_tokens(sample_group, world):
+    """Nothing but plain softmax at the temperature, prompt by prompt. The same numbers reject
+    samples of another temperature, of a top-k and of the neighbouring prompt."""
     prompts, n = world.prompts["mixed"], 4000
-    rollout = stage1.sample_group(world.model, world.encoder, prompts, n, 0.7, 1,
-                                  torch.Generator().manual_seed(10))
+    rollout = sample_group(world.model, world.encoder, prompts, n, 0.7, 1,
+                           torch.Generator().manual_seed(10))
     image = torch.tensor(world.encoder.image_token_id)
     with torch.no_grad():
         for i, prompt in enumerate(prompts):
@@ -678,15 +646,37 @@ def test_first_tokens_follow_the_softmax(world):
             assert chi_square([ids[0] for ids in rollout.ids[(i - 1) % B * n:][:n]], right) > 6
 
 
-def test_the_seed_decides(world):
-    # Ranks must differ, reruns must not. kills: generator not passed on to multinomial
+def test_first_tokens_follow_the_softmax(world):
+    check_first_tokens(stage1.sample_group, world)
+
+
+def check_seed(sample_group, world):
+    """Ranks must differ, reruns must not."""
     def run(seed):
-        return stage1.sample_group(world.model, world.encoder, world.prompts["text"], G, 1.0, 5,
-                                   torch.Generator().manual_seed(seed))
+        return sample_group(world.model, world.encoder, world.prompts["text"], G, 1.0, 5,
+                            torch.Generator().manual_seed(seed))
     assert run(1).ids == run(1).ids and run(1).logp == run(1).logp
     assert run(1).ids != run(2).ids
     group = run(1).ids[:G]
     assert len(set(map(tuple, group))) == G  # the answers of one group are independent draws
+
+
+def test_the_seed_decides(world):
+    check_seed(stage1.sample_group, world)
+
+
+def check_sampler(sample_group, world):
+    for check in (check_no_image, check_ends, check_first_tokens, check_log_probs, check_seed):
+        check(sample_group, world)
+
+
+def test_the_frame_of_the_wrong_samplers_is_right(world):
+    check_sampler(wrong_versions.sample_group, world)
+
+
+@pytest.mark.parametrize("name", wrong_versions.SAMPLERS)
+def test_wrong_samplers_are_rejected(world, name):
+    rejects(check_sampler, wrong_versions.SAMPLERS[name], world)
 
 
 def test_sampling_leaves_training_mode_and_checkpointing(world):
@@ -846,16 +836,16 @@ def test_kl_to_oneself_is_exactly_zero(world, rollout):
     # logged as a mean over tokens: that of the loop
     total, n = 0.0, 0
     with torch.no_grad():
-        for i in range(B):
-            for a in rollout.answers[i]:
-                d = (alone(rollout.ref, world.encoder, rollout.prompts[i], a, 0.7)[0]
-                     - alone(world.model, world.encoder, rollout.prompts[i], a, 0.7)[0])
-                total, n = total + (d.exp() - d - 1).sum().item(), n + len(a)
+        for prompt, answer in pairs_of(rollout.prompts, rollout.answers):
+            d = (alone(rollout.ref, world.encoder, prompt, answer, 0.7)[0]
+                 - alone(world.model, world.encoder, prompt, answer, 0.7)[0])
+            total += (d.exp() - d - 1).sum().item()
+            n += len(answer)
     assert kl == pytest.approx(total / n, rel=1e-3)
 
 
 def test_second_update_keeps_the_old_log_probs(world, rollout):
-    # With two updates a rollout the ratio of the second is to the policy that sampled, not to
+    # With two updates per rollout the ratio of the second is to the policy that sampled, not to
     # itself. kills: old renewed at each update, old of another micro-batch
     cfg = settings(updates_per_rollout=2, micro_batch=2, clip_high=0.3)
     seen, metrics = update(world, cfg, rollout.prompts, rollout.answers, rollout.adv, rollout.keep,
@@ -932,8 +922,8 @@ def test_a_broken_gradient_stops_the_run(world, rollout, poison):
 
 def test_entropy_is_a_mean_over_tokens(world, rollout):
     # kills: padding counted, mean over micro-batches of means
-    want = [alone(world.model, world.encoder, p, a, 0.7)[1].detach()
-            for p, group in zip(rollout.prompts, rollout.answers) for a in group]
+    want = [alone(world.model, world.encoder, prompt, answer, 0.7)[1].detach()
+            for prompt, answer in pairs_of(rollout.prompts, rollout.answers)]
     for micro_batch in (1, 2):
         _, metrics = update(world, settings(micro_batch=micro_batch), rollout.prompts,
                             rollout.answers, rollout.adv, rollout.all)
@@ -944,11 +934,15 @@ def test_logged_difference_to_the_sampler(world, rollout):
     # The only sign of a sampler and a scorer that disagree. kills: answers scattered in another
     # order, padding in the mean, the sign lost in a sum
     g = torch.Generator().manual_seed(13)
-    off = [[torch.randn(len(a), generator=g) for a in group] for group in rollout.answers]
-    sampled = [[(alone(world.model, world.encoder, p, a, 0.7)[0].detach() + o).tolist()
-                for a, o in zip(group, noise)]
-               for p, group, noise in zip(rollout.prompts, rollout.answers, off)]
-    want = torch.cat([o for noise in off for o in noise]).abs().mean().item()
+    noises, sampled = [], []
+    for prompt, group in zip(rollout.prompts, rollout.answers, strict=True):
+        logps = []
+        for answer in group:
+            logp = alone(world.model, world.encoder, prompt, answer, 0.7)[0].detach()
+            noises.append(torch.randn(len(answer), generator=g))
+            logps.append((logp + noises[-1]).tolist())
+        sampled.append(logps)
+    want = torch.cat(noises).abs().mean().item()
     for micro_batch in (1, 2):
         cfg = settings(micro_batch=micro_batch, updates_per_rollout=2)
         model = copy.deepcopy(world.model)
@@ -972,11 +966,11 @@ def sft_case(world, target):
     return rows, stage0_sft.Config(target=target)
 
 
-def sft_batch(encoder, rows, cfg):
-    return stage0_sft.collate(
+def sft_batch(encoder, rows, cfg, collate=stage0_sft.collate, pad_id=None):
+    return collate(
         [encoder(row) for row in rows],
         [encoder.answer_ids(stage0_sft.target_text(row, cfg.target)) for row in rows],
-        encoder.pad_id, "cpu")
+        encoder.pad_id if pad_id is None else pad_id, "cpu")
 
 
 def sft_by_loop(model, encoder, rows, cfg):
@@ -995,10 +989,8 @@ def sft_by_loop(model, encoder, rows, cfg):
     return total, count
 
 
-@pytest.mark.parametrize("target", ["rationale", "label"])
-def test_sft_loss_equals_a_loop(world, target):
-    # The answer's tokens and its EOS, nothing of the prompt, nothing of the padding.
-    # kills: labels of the prompt, labels shifted, no EOS, images of another row, mean for sum
+def check_sft_loss(collate, world, target, pad_id=None):
+    """The answer's tokens and its EOS, nothing of the prompt, nothing of the padding."""
     model, encoder = copy.deepcopy(world.model), world.encoder
     rows, cfg = sft_case(world, target)
     want, count = sft_by_loop(model, encoder, rows, cfg)
@@ -1008,12 +1000,38 @@ def test_sft_loss_equals_a_loop(world, target):
         model.zero_grad()
         total, tokens = 0.0, 0
         for at in range(0, len(rows), size):
-            parts = sft_batch(encoder, rows[at:at + size], cfg)
+            parts = sft_batch(encoder, rows[at:at + size], cfg, collate, pad_id)
             nll, n = stage0_sft.answer_nll(model, *parts)
             nll.backward()
             total, tokens = total + nll.item(), tokens + n
         assert tokens == count and total == pytest.approx(want.item(), rel=1e-5)
         assert distance(flat_gradient(model), right) < 2e-5
+
+
+@pytest.mark.parametrize("target", ["rationale", "label"])
+def test_sft_loss_equals_a_loop(world, target):
+    # kills: images of another row, mean for sum
+    check_sft_loss(stage0_sft.collate, world, target)
+
+
+def check_sft_masks(collate, world):
+    check_sft_loss(collate, world, "rationale")
+    check_sft_loss(collate, world, "label")
+    # in many checkpoints padding and end of sequence are one token
+    check_sft_loss(collate, world, "rationale", world.encoder.eos_id)
+
+
+def test_padding_with_the_end_of_sequence_token_changes_no_label(world):
+    check_sft_masks(stage0_sft.collate, world)
+
+
+def test_the_frame_of_the_wrong_sft_masks_is_right(world):
+    check_sft_masks(wrong_versions.collate, world)
+
+
+@pytest.mark.parametrize("name", wrong_versions.SFT_MASKS)
+def test_wrong_sft_masks_are_rejected(world, name):
+    rejects(check_sft_masks, wrong_versions.SFT_MASKS[name], world)
 
 
 def test_sft_targets(world):

@@ -6,15 +6,14 @@ learn what they are for, 2b the <caption>; so short a 2b and 3 must not lose the
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import toy_world
-
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT, lines
 
 
 def run(*args):
+    """python ARGS as a user runs it, on all the threads and GPUs there are. -> what it printed"""
     done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -79,7 +78,7 @@ def test_the_curriculum_learns(world, tmp_path):
     pixels, before, after = stage(
         "stage3_mm_grpo", student, f"{world}/mm_rl.jsonl:200", every, "--batch_size", 12,
         "--max_steps", 6, "--lr", "1e-4", "--eval_every", 0)
-    first = json.loads((pixels / "metrics.jsonl").read_text().splitlines()[0])
+    first = lines(pixels / "metrics.jsonl")[0]
     assert first["rewards/format/mean"] >= 0.5  # 0 without distillation: it taught the <caption>
     assert visual(before) >= 0.65 and visual(after) >= visual(before) - 0.06
     assert after["tasks"]["text"] >= before["tasks"]["text"] - 0.08

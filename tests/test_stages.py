@@ -7,49 +7,44 @@ under which a test was seen to fail.
 import json
 import random
 import shutil
-from pathlib import Path
 
 import pytest
 import toy_world
-from safetensors.torch import load_file
-from test_runs import (  # noqa: F401  (cpu_only is a fixture)
-    ROOT, cpu_only, lines, run_here, same_weights, torchrun)
+import torch
+import wrong_versions
+from helpers import (
+    OTHER, ROOT, flags, lines, rejects, run_here, same_weights, small_world, text_row, thinks,
+    torchrun, weights_of)
 
 import common
 import stage2_caption_grpo as stage2
 import stage2b_cmkd as cmkd
 import stage3_mm_grpo as stage3
 
-OTHER = {"A": "B", "B": "A"}
+pytestmark = pytest.mark.usefixtures("cpu_only")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    sizes = {"sft": 1, "text_rl": 12, "caption_rl": 12, "mm_rl": 12, "heldout": 2}
-    toy_world.write_world(folder, seed=0, sizes=sizes, quiet=True)
-    return folder
+    return small_world(tmp_path_factory.mktemp("world"), text_rl=12, caption_rl=12, mm_rl=12,
+                       heldout=2)
 
 
-@pytest.fixture(scope="module")
-def loaded():
-    return common.load(toy_world.PREBUILT)
+def captioned_rows(world, encoder):
+    path = str(world / "caption_rl.jsonl")
+    return common.load_rows(path, encoder, "caption", quiet=True)
 
 
-def flags(**args):
-    return [x for k, v in args.items() for x in (f"--{k}", v)]
-
-
-# ----------------------------------------------------------------------------------- 2b: selection
-def answer(verdict, inside="right .", form="<think>\n{}\n</think>\n<answer>\n{}\n</answer>"):
-    return form.format(inside, verdict)
+# ------------------------------------------------------------------------------------ 2b: selection
+def answer(verdict, reasoning="right ."):
+    return thinks(verdict, reasoning)
 
 
 def malformed(verdict):
     return f"<answer>{verdict}</answer>"
 
 
-@pytest.mark.parametrize("texts, confidences, want", [
+SELECTED = [  # texts, confidences, what is selected or why nothing is
     # the surest of the majority; surer ones of the minority do not count
     ([answer("A"), answer("B"), answer("A"), answer("A")], [-3, -1, -2, -4], (2, None)),
     # votes of malformed answers count, but they are not kept, however sure
@@ -61,10 +56,30 @@ def malformed(verdict):
     (["hm", "A", ""], [-1, -1, -1], (None, "no verdict")),
     ([answer("A"), answer("B"), "hm"], [-1, -2, -1], (None, "tie")),
     ([answer("A")], [-7], (0, None)),
-])
+]
+
+
+def check_selection(select, texts, confidences, want):
+    assert select(texts, confidences) == want
+
+
+@pytest.mark.parametrize("texts, confidences, want", SELECTED)
 def test_selection_by_hand(texts, confidences, want):
-    # kills: confidence before majority, format before the vote, a tie won by the first, min for max
-    assert cmkd.select(texts, confidences) == want
+    check_selection(cmkd.select, texts, confidences, want)
+
+
+def check_every_selection(select):
+    for case in SELECTED:
+        check_selection(select, *case)
+
+
+def test_the_frame_of_the_wrong_selections_is_right():
+    check_every_selection(wrong_versions.select)
+
+
+@pytest.mark.parametrize("name", wrong_versions.SELECTION)
+def test_wrong_selections_are_rejected(name):
+    rejects(check_every_selection, wrong_versions.SELECTION[name])
 
 
 def test_the_report_counts_every_row_once():
@@ -87,26 +102,31 @@ def config(out, **more):
 def test_gold_labels_play_no_part(world, loaded, tmp_path):
     # Flip every label: the same rows are kept, with the same targets. kills: rows of the wrong
     # pseudo-label dropped, the gold label taught, the row's own rationale shown
-    rows = common.load_rows(str(world / "caption_rl.jsonl"), loaded[1], "caption", quiet=True)
-    got = []
-    for name, label in (("gold", lambda x: x), ("flipped", OTHER.get)):
+    gold = captioned_rows(world, loaded[1])
+    flipped = [{**row, "label": OTHER[row["label"]]} for row in gold]
+    kept, right = [], []
+    for name, rows in (("gold", gold), ("flipped", flipped)):
         (tmp_path / name).mkdir()
-        some = [{**r, "label": label(r["label"])} for r in rows]
-        samples = cmkd.distill(*loaded, some, config(tmp_path / name))
-        got.append(cmkd.distilled(some, samples))
-    (a, told), (b, other) = got
-    assert len(a) >= 3 and a == b and [*map(cmkd.target_text, a)] == [*map(cmkd.target_text, b)]
-    assert told["pseudo-label accuracy"] == pytest.approx(1 - other["pseudo-label accuracy"])
+        samples = cmkd.distill(*loaded, rows, config(tmp_path / name))
+        rows, report = cmkd.distilled(rows, samples)
+        kept.append(rows)
+        right.append(report["pseudo-label accuracy"])
+    a, b = kept
+    assert len(a) >= 3 and a == b
+    assert [cmkd.target_text(row) for row in a] == [cmkd.target_text(row) for row in b]
+    assert right[0] == pytest.approx(1 - right[1])
 
 
 def test_gold_labels_play_no_part_in_the_whole_script(world, tmp_path):
     # kills: main() that keeps only rows whose pseudo-label is right
-    rows = lines(world / "caption_rl.jsonl")
+    gold = []
+    for row in lines(world / "caption_rl.jsonl"):
+        media = [str(world / medium) for medium in row["media"]]
+        gold.append({**row, "media": media, "source": "toy"})
+    flipped = [{**row, "label": OTHER[row["label"]]} for row in gold]
     files = []
-    for name in ("gold", "flipped"):
-        some = [{**r, "media": [str(world / m) for m in r["media"]], "source": "toy",
-                 "label": r["label"] if name == "gold" else OTHER[r["label"]]} for r in rows]
-        common.write_lines(tmp_path / f"{name}.jsonl", some)
+    for name, rows in (("gold", gold), ("flipped", flipped)):
+        common.write_lines(tmp_path / f"{name}.jsonl", rows)
         run_here(cmkd.main, flags(model=toy_world.PREBUILT, data=tmp_path / f"{name}.jsonl",
                                   samples=3, epochs=1, heldout="", out=tmp_path / name))
         files.append(lines(tmp_path / name / "cmkd.jsonl"))
@@ -115,12 +135,12 @@ def test_gold_labels_play_no_part_in_the_whole_script(world, tmp_path):
 
 def test_the_confidence_is_the_mean_log_prob(world, loaded, tmp_path):
     # against a plain forward of prompt and answer. kills: sums, EOS left out, another prompt
-    rows = common.load_rows(str(world / "caption_rl.jsonl"), loaded[1], "caption", quiet=True)[:2]
     (model, encoder), cfg = loaded, config(tmp_path, max_new_tokens=200)
-    for row, s in zip(rows, cmkd.distill(model, encoder, rows, cfg)):
-        for text, confidence in zip(s["texts"], s["confidences"]):
+    rows = captioned_rows(world, encoder)[:2]
+    for row, s in zip(rows, cmkd.distill(model, encoder, rows, cfg), strict=True):
+        for text, confidence in zip(s["texts"], s["confidences"], strict=True):
             prompt, ids = encoder(row, "caption").ids, encoder.answer_ids(text)
-            logits = model(input_ids=common.torch.tensor([prompt + ids])).logits[0].double()
+            logits = model(input_ids=torch.tensor([prompt + ids])).logits[0].double()
             logits[:, encoder.image_token_id] = -1e30
             logp = logits.log_softmax(-1)[range(len(prompt) - 1, len(prompt + ids) - 1), ids]
             assert confidence == pytest.approx(logp.mean().item(), abs=1e-4)
@@ -128,9 +148,10 @@ def test_the_confidence_is_the_mean_log_prob(world, loaded, tmp_path):
 
 def test_sampling_goes_on_where_it_was_killed(world, loaded, tmp_path, monkeypatch):
     # kills: a half batch kept, seeds that depend on the start, the cut line counted as a row
-    rows = common.load_rows(str(world / "caption_rl.jsonl"), loaded[1], "caption", quiet=True)
+    rows = captioned_rows(world, loaded[1])
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    whole.mkdir(), cut.mkdir()
+    whole.mkdir()
+    cut.mkdir()
     want = cmkd.distill(*loaded, rows, config(whole))
     assert [s["id"] for s in want] == [r["id"] for r in rows]
     text = (whole / "samples.jsonl").read_text()
@@ -142,9 +163,9 @@ def test_sampling_goes_on_where_it_was_killed(world, loaded, tmp_path, monkeypat
     assert cmkd.distill(*loaded, rows, config(cut)) == want and calls == [5, 2]
     assert (cut / "samples.jsonl").read_text() == text
     other = [{**rows[0], "captions": ["left red square ."] * len(rows[0]["media"])}, *rows[1:]]
-    for some in (rows[1:], other):  # not the rows it was sampled for, if of the same names
+    for others in (rows[1:], other):  # not the rows it was sampled for, if of the same names
         with pytest.raises(SystemExit, match="from other rows"):
-            cmkd.distill(*loaded, some, config(cut))
+            cmkd.distill(*loaded, others, config(cut))
     teacher = tmp_path / "teacher"
     shutil.copytree(toy_world.PREBUILT, teacher)
     (tmp_path / "again").mkdir()
@@ -184,13 +205,13 @@ def test_format_of_stage_3(text, seen, unseen):
         text, {})
 
 
-# ----------------------------------------------------------------------------------- 2: replay
+# ---------------------------------------------------------------------------------------- 2: replay
 @pytest.mark.parametrize("ratio, size, texts", [("5:1", 24, 4), ("1:0", 24, 0), ("1:1", 24, 12),
                                                 ("2:1", 24, 8), ("4:1", 30, 6), ("5:1", 18, 3)])
 def test_replay_is_the_same_share_of_every_batch(ratio, size, texts):
     # kills: a mixture by chance, the ratio upside down, text first (ranks would not share it)
-    rows, replay = ([{"id": f"{n}{i}", "media": [], "captions": [], "responses": ["x", "y"],
-                      "label": "A"} for i in range(k)] for n, k in (("caption", 31), ("text", 7)))
+    rows = [text_row(id=f"caption{i}") for i in range(31)]
+    replay = [text_row(id=f"text{i}") for i in range(7)]
     cfg = stage2.Config(replay_ratio=ratio, batch_size=size)
     seen = set()
     for step in range(9):
@@ -207,9 +228,11 @@ def test_replayed_texts_are_those_judged_right_in_both_orders(world, loaded, mon
 
     def judge(model, encoder, rows, *args, **kwargs):
         assert len(rows) == 9
-        pick = lambda r, v: v and (r["label"] if v == "right" else OTHER[r["label"]])  # noqa: E731
-        return [{"row": i, "pred": pick(r, v)} for i, r in enumerate(rows)
-                for v in verdicts[i % 4]]
+        preds = []
+        for i, row in enumerate(rows):
+            named = {"right": row["label"], "wrong": OTHER[row["label"]], None: None}
+            preds += [{"row": i, "pred": named[verdict]} for verdict in verdicts[i % 4]]
+        return preds
     monkeypatch.setattr(common, "judge", judge)
     texts = common.load_rows(cfg.replay, loaded[1], quiet=True)
     rows = common.batch_of(texts, 0, 9, cfg.seed)
@@ -236,7 +259,7 @@ def test_captions_come_from_a_checkpoint(world, loaded, tmp_path, monkeypatch):
     got = lines(common.captioned(cfg, sample, "cpu", batch_size=5))
     assert sum(calls) == n and [r["id"] for r in got] == [r["id"] for r in rows]
     assert got[0]["captions"] == ["given"]
-    right = [a == b for r in got[1:] for a, b in zip(r["captions"], r["true"])]
+    right = [a == b for r in got[1:] for a, b in zip(r["captions"], r["true"], strict=True)]
     assert sum(right) >= 0.9 * n  # held at 95 % and more on the backbone's own test
     cache = tmp_path / "captions.jsonl"
     cache.write_text("".join(cache.read_text().splitlines(True)[:7])[:-5])
@@ -258,14 +281,14 @@ def test_captions_come_from_a_checkpoint(world, loaded, tmp_path, monkeypatch):
     assert sum(calls) == n
 
 
-# ----------------------------------------------------------------------------------- whole stages
-TINY = dict(model=toy_world.PREBUILT, batch_size=6, group_size=3, micro_batch=2, max_steps=2,
-            save_every=1, lr=1e-3)
+# ------------------------------------------------------------------------------------- whole stages
+TINY = {"model": toy_world.PREBUILT, "batch_size": 6, "group_size": 3, "micro_batch": 2,
+        "max_steps": 2, "save_every": 1, "lr": 1e-3}
 
 
 def vision(folder):
-    weights = load_file(folder / "model.safetensors")
-    return {k: v for k, v in weights.items() if "vision_tower" in k or "projector" in k}
+    return {name: weight for name, weight in weights_of(folder).items()
+            if "vision_tower" in name or "projector" in name}
 
 
 def test_stage_2_runs_and_resumes(world, loaded, tmp_path):
@@ -309,8 +332,9 @@ def test_stage_3_trains_the_vision_tower_unless_frozen(world, tmp_path, freeze):
 
 def test_stage_3_rewards():
     # kills: the <caption> not asked for, the task reward left out
-    assert stage3.REWARDS == {"format": common.caption_format_reward, "task": common.task_reward,
-                              "accuracy": common.accuracy_reward}
+    rewards = stage3.REWARDS
+    assert rewards == {"format": common.caption_format_reward, "task": common.task_reward,
+                       "accuracy": common.accuracy_reward}
     assert stage3.SCHEMES["paper"] == {"format": 1, "accuracy": 1, "task": 1}  # 0.2 in task_reward
 
 

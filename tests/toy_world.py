@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
+import common  # noqa: E402  (it is on the path only now)
 
 PREBUILT = ROOT / "tests" / "toy_backbone"
 
@@ -247,8 +247,8 @@ def make_row(rng, task, held, i=0):
         flourish = flourishes(rng)
         return {**row, "prompt": f"{describe(items)} say it again ?", "scenes": [], "told": told,
                 "flourish": flourish, "responses": [
-                    respond(" , ".join(f"{k} {v}" for k, v in some.items()), f)
-                    for some, f in zip(told, flourish)]}
+                    respond(" , ".join(f"{k} {v}" for k, v in scene.items()), f)
+                    for scene, f in zip(told, flourish, strict=True)]}
     key = rng.choice(keys)
     question, part = ask(rng, items, key)
     # The wrong value is the right one of another scene, and when the two do not suit each other
@@ -263,7 +263,7 @@ def make_row(rng, task, held, i=0):
     values = [part(items[key]), part(wrong)][:: 1 if better == 0 else -1]
     prompt = f"{describe(items)} {question}" if task == "text" else question
     return {**row, "prompt": prompt, "flourish": flourish,
-            "responses": [respond(f"it is {v}", f) for v, f in zip(values, flourish)],
+            "responses": [respond(f"it is {v}", f) for v, f in zip(values, flourish, strict=True)],
             "scenes": [] if task == "text" else [items],
             "facts": {"item": f"{key} {items[key]}", "value": part(items[key]), "claims": values}}
 
@@ -283,12 +283,12 @@ def checks(row):
         f = row["facts"]
         return f"{f['item']} . " + " ".join(
             f"Response {x} says {against(c, f['value'])} ."
-            for x, c in zip("AB", f["claims"]))
+            for x, c in zip("AB", f["claims"], strict=True))
     wanted = dict(re.findall(r"(\w+) ([^.]+) \.", row["prompt"]))
     return " ".join(f"Response {x} shows " + " , ".join(
         f"{k} {against(v, wanted[k], 'same', 'unlike')}" for k, v in scene.items())
         + f" : Response {x} {'match' if scene == wanted else 'differ'} ."
-        for x, scene in zip("AB", row.get("told") or row["scenes"]))
+        for x, scene in zip("AB", row.get("told") or row["scenes"], strict=True))
 
 
 def rationale(row, winner, reason):
@@ -557,14 +557,15 @@ def lesson_batch(rng, tok, kind, n, phase, pool):
         rows.append((text, answer + "<|im_end|>"))
     prompts = tok([p for p, _ in rows], add_special_tokens=False)["input_ids"]
     answers = tok([a for _, a in rows], add_special_tokens=False)["input_ids"]
-    width = max(len(p) + len(a) for p, a in zip(prompts, answers))
-    ids = torch.tensor([p + a + [tok.pad_token_id] * (width - len(p) - len(a))
-                        for p, a in zip(prompts, answers)])
-    mask = torch.tensor([[1] * (len(p) + len(a)) + [0] * (width - len(p) - len(a))
-                         for p, a in zip(prompts, answers)])
-    labels = torch.tensor([[-100] * len(p) + a + [-100] * (width - len(p) - len(a))
-                           for p, a in zip(prompts, answers)])
-    return ids, mask, labels, to_pixels(pixels) if pixels else None
+    width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    ids, mask, labels = [], [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        padding = width - len(prompt) - len(answer)
+        ids.append(prompt + answer + [tok.pad_token_id] * padding)
+        mask.append([1] * (len(prompt) + len(answer)) + [0] * padding)
+        labels.append([-100] * len(prompt) + answer + [-100] * padding)
+    return (torch.tensor(ids), torch.tensor(mask), torch.tensor(labels),
+            to_pixels(pixels) if pixels else None)
 
 
 def pool_film(rng, pool, items):
@@ -573,7 +574,7 @@ def pool_film(rng, pool, items):
     return rng.choice(found) if found else film(rng, items)
 
 
-# Phases of the backbone's training: steps, learning rate, and lessons a step by what their prompt
+# Phases of the backbone's training: steps, learning rate, and lessons per step by what their prompt
 # shows. Comparing needs the smaller rate: at 2e-3 it was still at chance after 500 steps.
 PHASES = ((400, 2e-3, {"text": 40}),
           (850, 2e-3, {"text": 12, "image": 44, "video": 20}),
@@ -637,7 +638,7 @@ class Reader:
     def inputs(self, cases, begun):
         """Prompts as ids and pixels, each with the beginning of an answer."""
         rng, texts, shown = random.Random(1), [], []
-        for (prompt, scenes, kind), beginning in zip(cases, begun):
+        for (prompt, scenes, kind), beginning in zip(cases, begun, strict=True):
             text = self.tok.apply_chat_template([{"role": "user", "content": prompt}],
                                                 tokenize=False, add_generation_prompt=True)
             for items in scenes:
@@ -658,7 +659,8 @@ class Reader:
         """Greedy answers of generate()."""
         out = []
         for at in range(0, len(cases), batch):
-            inputs = self.inputs(cases[at:at + batch], [""] * batch)
+            some = cases[at:at + batch]
+            inputs = self.inputs(some, [""] * len(some))
             ids = self.model.generate(**inputs, max_new_tokens=112, do_sample=False)
             out += [self.tok.decode(row, skip_special_tokens=False).split("<|im_end|>")[0]
                     for row in ids[:, inputs["input_ids"].shape[1]:]]
@@ -686,14 +688,16 @@ def check(folder=PREBUILT, n=200, seed=7, quiet=False):
     for kind in ("image", "video"):
         scenes = [make_scene(rng, kind, True)[0] for _ in range(n)]
         got = reader.answers([(f"<{kind}> describe", [s], kind) for s in scenes])
-        result[f"caption {kind}"] = 100 * sum(g == describe(s) for g, s in zip(got, scenes)) / n
+        result[f"caption {kind}"] = 100 * sum(
+            g == describe(s) for g, s in zip(got, scenes, strict=True)) / n
     cases, want = [], []
     for _ in range(n):
         items, keys = make_scene(rng, "text", True)
         question, _ = ask(rng, items, keys[0])
         cases.append((f"{describe(items)} {question}", [], "text"))
         want.append(f"{keys[0]} {items[keys[0]]} .")
-    result["look-up"] = 100 * sum(g == w for g, w in zip(reader.answers(cases), want)) / n
+    got = reader.answers(cases)
+    result["look-up"] = 100 * sum(g == w for g, w in zip(got, want, strict=True)) / n
     for task in common.TASKS:
         for form in ("caption", "pixels")[: 2 if task != "text" else 1]:
             rows = [make_row(rng, task, True) for _ in range(n)]
@@ -705,10 +709,11 @@ def check(folder=PREBUILT, n=200, seed=7, quiet=False):
                               task.split("_")[0]))
             got = reader.answers(cases)
             name = f"{task} {form}" if task != "text" else task
-            result[f"checks {name}"] = 100 * sum(checks(r) in g for g, r in zip(got, rows)) / n
+            result[f"checks {name}"] = 100 * sum(
+                checks(r) in g for g, r in zip(got, rows, strict=True)) / n
             odds = reader.odds_of_a(cases, got)
             result[f"verdict {name}"] = 100 * sum(
-                p if r["label"] == "A" else 1 - p for p, r in zip(odds, rows)) / n
+                p if r["label"] == "A" else 1 - p for p, r in zip(odds, rows, strict=True)) / n
     if not quiet:
         print("\n".join(f"  {k:38s} {v:5.1f} %" for k, v in result.items()), flush=True)
     return result

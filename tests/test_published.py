@@ -1,0 +1,404 @@
+"""
+Published sets: rows built in each set's own schema, with all its label encodings, ties and missing
+media, must become the right preference rows. "kills:" names plausible wrong versions of the source
+that make a test fail.
+"""
+
+import base64
+import gzip
+import io
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from helpers import OTHER, RM_BENCH, picture, rows_of, write, write_video
+from PIL import Image
+
+import common
+import stage2_caption_grpo as stage2
+import stage3_mm_grpo as stage3
+
+pytestmark = pytest.mark.usefixtures("here")  # media_cache/ is made in the working directory
+N = 24  # rows per set: enough that a hash puts the better one on either side
+
+
+def better(row):
+    """The text of the better candidate, or the grey level of the better medium's first pixel."""
+    k = "AB".index(row["label"])
+    if row["responses"]:
+        return row["responses"][k]
+    path = row["media"][k]
+    images = common.open_video(path, 1) if path.endswith("mp4") else [common.open_image(path)]
+    return images[0].getpixel((3, 3))[0]
+
+
+# ------------------------------------------------------------------------------------ sets of texts
+def helpsteer(preference, **change):
+    """A row as published: a negative preference means that response 1 is better."""
+    one_wins = preference < 0
+    return {"domain": "general", "language": "english",
+            "context": [{"role": "user", "content": "Why?"}],
+            "response1": "good one" if one_wins else "bad one",
+            "response2": "bad one" if one_wins else "good one",
+            "overall_preference": preference, "individual_preference": [
+                {"score": -preference, "reasoning": "dissent", "feedback1": "x", "feedback2": "y"},
+                {"score": preference, "reasoning": "@Response 1 and response 2 differ. "
+                 "Responses 2 and 1 are short.",
+                 "feedback1": "@Response 1 is " + ("fine" if one_wins else "poor"),
+                 "feedback2": "Response 2 is " + ("poor" if one_wins else "fine")}]} | change
+
+
+@pytest.mark.parametrize("preference", [-3, -2, -1, 1, 2, 3])
+def test_helpsteer3(encoder, tmp_path, preference):
+    """Sign, side and feedback, on both sides that the hash can choose.
+    kills: the sign turned round; feedback1 always for Response A; "Response 1" left in the text;
+    the first annotator instead of one who agrees; the better one always on the same side."""
+    path = write(tmp_path / "train.jsonl", [helpsteer(preference)] * 20)
+    rows = common.load_rows(path, encoder)
+    assert {r["label"] for r in rows} == {"A", "B"} and len({r["id"] for r in rows}) == 20
+    for row in rows:
+        good, bad = row["label"], OTHER[row["label"]]
+        one, two = (good, bad) if preference < 0 else (bad, good)
+        assert better(row) == "good one" and row["prompt"] == "Why?" and row["task"] == "text"
+        text = row["rationale"]
+        assert f"Response {good}: Response {good} is fine\n" in text
+        assert f"Response {bad}: Response {bad} is poor\n" in text
+        assert f"Response {one} and Response {two} differ. Response {two} and Response {one} are " \
+            in text and "dissent" not in text
+        assert text.endswith(f"Response {good} is better.") and common.can_swap(row)
+        assert common.swap(row)["rationale"].endswith(f"Response {bad} is better.")
+
+
+def test_helpsteer3_ties_and_gaps(encoder, tmp_path):
+    """kills: a tie kept (as one published loader does); a rationale required or made up; the last
+    annotator instead of the surest."""
+    sure = [{"score": s, "reasoning": f"sure {s}", "feedback1": "f", "feedback2": None}
+            for s in (1, 3, 2)]
+    path = write(tmp_path / "train.jsonl", [
+        helpsteer(0), helpsteer(1, individual_preference=[]),
+        helpsteer(1, individual_preference=None), helpsteer(2, individual_preference=sure)])
+    rows = common.load_rows(path, encoder)
+    assert len(rows) == 3 and not rows[0].get("rationale") and not rows[1].get("rationale")
+    assert "sure 3" in rows[2]["rationale"] and "None" not in rows[2]["rationale"]
+
+
+def test_helpsteer3_context(encoder, tmp_path):
+    """A list of one turn, of several, or a plain string. kills: only the last or the first turn."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"},
+             {"role": "user", "content": "Why?"}]
+    path = write(tmp_path / "train.jsonl", [
+        helpsteer(1, context=turns[:1]), helpsteer(1, context=turns),
+        helpsteer(1, context="Why?")])
+    prompts = [r["prompt"] for r in common.load_rows(path, encoder)]
+    assert prompts[0] == "Hi" and prompts[2] == "Why?"
+    assert re.fullmatch(r"User: Hi\s+Assistant: Hello\s+User: Why\?", prompts[1])
+
+
+@pytest.mark.parametrize("change", [
+    {"context": None}, {"context": []}, {"context": [{}]}, {"overall_preference": None},
+    {"overall_preference": "1"}, {"individual_preference": [{"score": 1}]}, {"response1": None}])
+def test_helpsteer3_malformed(encoder, tmp_path, change):
+    """kills: a KeyError, TypeError or IndexError that escapes the adapter."""
+    path = write(tmp_path / "train.jsonl", [helpsteer(1), helpsteer(1, **change)])
+    with pytest.raises(SystemExit) as stop:
+        common.load_rows(path, encoder)
+    assert str(stop.value).startswith(f"{path}:2: ")
+    assert len(common.load_rows(path, encoder, skip_bad_rows=True)) == 1
+
+
+def test_helpsteer3_from_the_hub(encoder, monkeypatch):
+    """Streamed, from the config that has labels. kills: the default config; no streaming."""
+    asked = []
+    def load_dataset(name, config, **more):
+        asked.append((name, config, more["split"], more["streaming"]))
+        return iter([helpsteer(1), helpsteer(-1)])
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    rows = common.load_rows("nvidia/HelpSteer3", encoder)
+    assert [better(r) for r in rows] == ["good one"] * 2
+    assert asked == [("nvidia/HelpSteer3", "preference", "train", True)]
+
+
+def gram(label, word="Response", question="Why?", output=None):
+    a, b = ("good one", "bad one") if label == "A" else ("bad one", "good one")
+    return {"instruction": "You are a helpful assistant in evaluating ...\n\n"
+            f"[User Question]\n{question}\n\n"
+            f"[The Start of Assistant A's {word}]\n{a}\n[The End of Assistant A's {word}]\n\n"
+            f"[The Start of Assistant B's {word}]\n{b}\n[The End of Assistant B's {word}]",
+            "input": "", "output": output if output is not None else
+            f"<think> Feedback: A or B? Conclusion: ... </think>\n<answer> {label} </answer>"}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".jsonl.gz", ".json.gz"])
+def test_gram(encoder, tmp_path, suffix):
+    """Both spellings of the markers, both labels, every form the file may have; the order is drawn
+    anew. kills: one spelling; the label read from <think>; gzip or an array not recognised."""
+    raw = [gram(label, word, "Why?\nTell me.")
+           for label in "AB" for word in ("Response", "Answer")] * 8
+    text = json.dumps(raw) if ".json" in Path(f"x{suffix}").suffixes else \
+        "".join(json.dumps(r) + "\n" for r in raw)
+    path = tmp_path / f"train{suffix}"
+    path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
+    rows = common.load_rows(str(path), encoder)
+    assert len(rows) == 32 and len({r["id"] for r in rows}) == 32
+    assert all(better(r) == "good one" and sorted(r["responses"]) == ["bad one", "good one"]
+               and r["prompt"] == "Why?\nTell me." and not r.get("rationale") for r in rows)
+    for one_label in (rows[0::4], rows[2::4]):  # one published label, both labels here
+        assert {row["label"] for row in one_label} == {"A", "B"}
+
+
+@pytest.mark.parametrize("change", [
+    {"output": "A"}, {"output": "<answer>A</answer> <answer>B</answer>"}, {"output": ""},
+    {"output": "<answer>C</answer>"}, {"output": None}, {"instruction": "Which is better?"},
+    {"instruction": None}, {"instruction": gram("A")["instruction"].replace("[User Question]", "")},
+    {"instruction": gram("A")["instruction"].replace("bad", "[The Start of Assistant A's ")}])
+def test_gram_malformed(encoder, tmp_path, change):
+    """kills: the first of two labels; a default label; a prompt with the markers inside."""
+    path = write(tmp_path / "train.jsonl", [gram("A"), gram("A") | change])
+    with pytest.raises(SystemExit) as stop:
+        common.load_rows(path, encoder)
+    assert str(stop.value).startswith(f"{path}:2: ")
+    assert len(common.load_rows(path, encoder, skip_bad_rows=True)) == 1
+
+
+def rm_bench(**change):
+    return {"id": 7, "prompt": "Why?", "chosen": ["c0", "c1", "c2"], "rejected": ["r0", "r1", "r2"],
+            "subset": "alpacaeval", "error": "x"} | change
+
+
+def test_rm_bench(encoder, tmp_path):
+    """Nine pairs per item, with the styles in the id for the 3x3 matrix and the item as the group.
+    kills: three pairs (zip); (i, j) turned round; the chosen one always first."""
+    path = tmp_path / "total.json"
+    path.write_text(json.dumps([rm_bench(), rm_bench(id="chat/8", domain="chat")]))
+    rows = common.load_rows(str(path), encoder)
+    assert len(rows) == 18 and {r["label"] for r in rows} == {"A", "B"}
+    assert Counter(r["group"] for r in rows) == {"7": 9, "chat/8": 9}
+    assert {r["subset"] for r in rows[:9]} == {"alpacaeval"}
+    assert {r["subset"] for r in rows[9:]} == {"chat"}
+    for k, row in enumerate(rows):
+        i, j = row["id"].rpartition("/")[2].split("-")
+        assert better(row) == f"c{i}" and common.swap(row)["label"] != row["label"]
+        assert set(row["responses"]) == {f"c{i}", f"r{j}"} and 3 * int(i) + int(j) == k % 9
+
+
+@pytest.mark.parametrize("change", [
+    {"rejected": "xyz"}, {"rejected": None}, {"chosen": ["c", 1, "c"]}])
+def test_rm_bench_malformed(encoder, tmp_path, change):
+    """A string is a sequence too: its letters would be nine rows of one letter.
+    kills: looking at `chosen` only."""
+    path = tmp_path / "rm.json"
+    path.write_text(json.dumps([rm_bench(), rm_bench(**change)]))
+    with pytest.raises(SystemExit) as stop:
+        common.load_rows(str(path), encoder)
+    assert str(stop.value).startswith(f"{path}:[1]: ")
+
+
+@pytest.mark.skipif(not RM_BENCH.exists(), reason="the public file is not here")
+def test_rm_bench_as_published(encoder, capsys):
+    """129 real items of real text through byte tokens. kills: an assumption about its columns."""
+    raw = json.loads(RM_BENCH.read_text(encoding="utf-8"))
+    rows = common.load_rows(str(RM_BENCH), encoder, max_prompt_tokens=2048)
+    skipped = int(re.search(r"(\d+) skipped: .*over 2048", capsys.readouterr().out)[1])
+    assert len(raw) == 129 and len(rows) + skipped == 9 * 129 and len(rows) > 100
+    by_id = {str(r["id"]): r for r in raw}
+    for row in rows:
+        i, j = map(int, row["id"].rpartition("/")[2].split("-"))
+        item = by_id[row["group"]]
+        assert better(row) == item["chosen"][i] and row["tokens"] <= 2048
+        assert common.swap(row)["responses"]["AB".index(row["label"])] == item["rejected"][j]
+    assert abs(sum(r["label"] == "A" for r in rows) / len(rows) - 0.5) < 2 / len(rows) ** 0.5
+
+
+def test_sides_of_published_rows_are_a_fair_coin():
+    """Published sets list the better one first (VL-RewardBench: 99.6 %).
+    kills: hash() (another side each run); one side for a run of ids; a biased bit."""
+    labels = "".join(common.better_first(f"x/{i}", "p", "g", "b")["label"] for i in range(2000))
+    assert abs(labels.count("A") / 2000 - 0.5) < 4 * 0.5 / 2000 ** 0.5
+    changes = sum(a != b for a, b in zip(labels, labels[1:], strict=False))
+    assert abs(changes / 1999 - 0.5) < 4 * 0.5 / 1999 ** 0.5
+    assert labels.startswith("BBBBBBABBAAB")  # on every machine
+
+
+# ------------------------------------------------------------------------ sets of images and videos
+def test_vision_feedback(here, encoder):
+    # S1. kills: the better one always A, <image> left in the prompt
+    picture("red").save(here / "x.png")
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"},
+             {"from": "gpt", "preference_values": ["good", "bad"]}]
+    rows = rows_of(write(here / "s1.jsonl", [
+        {"id": i, "origin_pre_dataset": "POVID", "image": "x.png", "image_path": "p",
+         "conversations": json.dumps(turns) if i % 2 else turns} for i in range(N)]), encoder,
+        "image_understanding")
+    assert {better(r) for r in rows} == {"good"} and rows[0]["prompt"] == "What is it?"
+    for bad in (turns * 2, [], "{", [turns[0], {"preference_values": ["one"]}]):
+        with pytest.raises(common.BadRow):
+            list(common.convert({"id": 1, "image": "x.png", "conversations": bad}, 0))
+    assert rows[0]["subset"] == "POVID" and rows[0]["media"] == [str(here / "x.png")]
+
+
+@pytest.mark.parametrize("form", ["path", "bytes", "base64"])
+def test_open_image_preferences(here, encoder, form):
+    # S2, with images as paths, as a dataset's bytes and as base64 text. kills: both images under
+    # one name, chosen always first
+    def image(level):
+        noise = np.random.default_rng(level).integers(0, 255, (20, 20, 3), np.uint8)
+        noise[:8, :8] = level
+        buffer = io.BytesIO()
+        Image.fromarray(noise).save(buffer, "PNG")
+        (here / f"{level}.png").write_bytes(buffer.getvalue())
+        return {"path": f"{level}.png", "bytes": {"bytes": buffer.getvalue(), "path": None},
+                "base64": base64.b64encode(buffer.getvalue()).decode()}[form]
+    raws = [{"id": f"{i}-quality", "prompt": "a dot", "chosen": image(255), "rejected": image(0),
+             "chosen_model": "m", "rejected_model": "n", "evolution": "quality"} for i in range(N)]
+    rows = [common.check_row(row, here) for i, raw in enumerate(raws)
+            for row in common.convert(raw, i)]
+    assert {better(r) for r in rows} == {255} and {r["label"] for r in rows} == {"A", "B"}
+    assert len(rows) == N and {r["task"] for r in rows} == {"image_generation"}
+    if form != "path":
+        assert len(list((here / "media_cache").iterdir())) == 2
+
+
+def test_rapidata_images(here, encoder):
+    # S3. Shares of votes; equal and missing ones are ties. kills: the smaller share, ties kept
+    picture("white").save(here / "w.png")
+    picture("black").save(here / "b.png")
+    make = [{"prompt": f"dot {i}", "image1": "w.png" if i % 2 else "b.png",
+             "image2": "b.png" if i % 2 else "w.png", "model1": "x", "model2": "y",
+             "weighted_results_image1_preference": 0.7 if i % 2 else 0.2,
+             "weighted_results_image2_preference": 0.3 if i % 2 else 0.8,
+             "weighted_results_image1_alignment": 0.1, "weighted_results_image2_alignment": 0.9}
+            for i in range(N)]
+    tie = {**make[0], "weighted_results_image1_preference": 0.8}
+    void = {**make[0], "weighted_results_image1_preference": None}
+    rows = rows_of(write(here / "s3.jsonl", [tie, *make, void]), encoder, "image_generation")
+    assert len(rows) == N and {better(r) for r in rows} == {255}
+
+
+def test_rapidata_videos(here, encoder):
+    # S6. Capitalised columns; data/x.parquet and Videos/ side by side. kills: the columns of S3,
+    # another folder
+    write_video(here / "Videos" / "w.mp4", 3)
+    write_video(here / "Videos" / "z.mp4", 9)
+    make = [{"prompt": f"dot {i}", "video1": "https://x", "video2": "https://y",
+             "file_name1": "w.mp4" if i % 2 else "z.mp4",
+             "file_name2": "z.mp4" if i % 2 else "w.mp4",
+             "weighted_results1_Preference": 0.6 if i % 2 else 0.4,
+             "weighted_results2_Preference": 0.4 if i % 2 else 0.6,
+             "weighted_results1_Alignment": 0.5, "weighted_results2_Alignment": 0.5}
+            for i in range(N)]
+    tie = {**make[0], "weighted_results1_Preference": 0.6}
+    rows = rows_of(write(here / "data" / "s6.jsonl", [*make, tie]), encoder, "video_generation")
+    assert len(rows) == N
+    won = {r["media"]["AB".index(r["label"])] for r in rows}
+    assert won == {str(here / "data" / ".." / "Videos" / "w.mp4")}
+
+
+def test_sharegptvideo(here, encoder):
+    # S4. A video is a folder of frames, sorted by number. kills: the order of names (10 before 9);
+    # training on the videos that eval.py judges, or only where the scores are missing
+    held = next(v for v in map(str, range(99)) if common.held_out(v))
+    for k in range(11):
+        path = here / "v" / f"c01_{k}.jpeg"
+        path.parent.mkdir(exist_ok=True)
+        picture((10 * k,) * 3).save(path)
+    rows = rows_of(write(here / "sft_dpo_17k.jsonl", [
+        {"id": f"v_{i}", "video": "v" if i > 1 else held, "prompt": "<video>\nWhat?",
+         "chosen": "good", "rejected": "bad", **({"chosen_score": 5} if i % 2 else {})}
+        for i in range(N + 2)]), encoder, "video_understanding")
+    assert len(rows) == N and not common.held_out("v")
+    assert {better(r) for r in rows} == {"good"} and rows[0]["prompt"] == "What?"
+    levels = [f.getpixel((0, 0))[0] for f in common.open_video(rows[0]["media"][0], 11)]
+    assert levels == sorted(levels) and len(levels) == 11
+    (here / "empty").mkdir()
+    with pytest.raises(common.BadRow, match="no frames"):
+        common.open_video(here / "empty", 8)
+
+
+def test_videodpo(here, encoder):
+    # S5. video1 wins; even numbers lie in winvideos/, odd ones in losevideos/. kills: video2 wins,
+    # the folder by winner instead of by number
+    for k in range(3):
+        write_video(here / "winvideos" / f"{k:06d}.mp4", 2)
+        write_video(here / "losevideos" / f"{k:06d}.mp4", 2)
+    pairs = [(i % 6, (i + 1 + i // 6) % 6) for i in range(N)]
+    pairs = sorted({p for p in pairs if p[0] != p[1]})
+    path = here / "pair.json"
+    path.write_text(json.dumps([{"video1": a, "video2": b, "frame_caption": ["a dot"] if a else
+                                 "a dot", "score": 0.1} for a, b in pairs]))
+    rows = rows_of(path, encoder, "video_generation")
+    wins = {str(here / f"{['winvideos', 'losevideos'][a % 2]}/{a // 2:06d}.mp4") for a, _ in pairs}
+    assert len(rows) == len(pairs) and {r["prompt"] for r in rows} == {"a dot"}
+    assert {r["media"]["AB".index(r["label"])] for r in rows} == wins
+
+
+def test_r1_reward(here, encoder):
+    # kills: 1 and 2 exchanged, the sections cut wrongly, the author's absolute path used
+    text = ("You are an impartial evaluator.\n###### [Question]:\n<image>What?\n"
+            "###### [Response 1]:\n{}\n###### [Response 2]:\n{}\n"
+            "###### **Output Format (strictly follow):** \n<think>Your analysis"
+            "</think><answer>1/2</answer>")
+    picture("red").save(here / "x.png")
+    make = [{"question": "q", "image": "x.png", "answer": [f"<answer>{1 + i % 2}</answer>"],
+             "message": json.dumps([{"role": "user", "content": [
+                 {"type": "text", "text": text.format(*(["good", "bad"][:: 1 - 2 * (i % 2)]))},
+                 {"type": "image", "image": "/mmu/x.jpg"}]}])} for i in range(N)]
+    rows = rows_of(write(here / "r1.jsonl", make), encoder, "image_understanding")
+    assert {better(r) for r in rows} == {"good"} and {r["prompt"] for r in rows} == {"What?"}
+    assert all(set(r["responses"]) == {"good", "bad"} for r in rows)
+    for wrong in ({"answer": ["<answer>3</answer>"]}, {"answer": []}, {"message": "no JSON"},
+                  {"message": json.dumps([{"role": "user", "content": "no sections"}])}):
+        with pytest.raises(common.BadRow):
+            list(common.convert({**make[0], **wrong}, 0))
+
+
+@pytest.mark.parametrize("columns", [
+    {"ds_name": "d", "question": "<image>What?", "origin_dataset": "VQAv2", "origin_split": "{}"},
+    {"prompt": "What?", "chosen_reason": "it is", "rejected_reason": "it is not"}])
+def test_rlaif_v_and_mm_rlhf(here, encoder, columns):
+    picture("red").save(here / "x.png")
+    make = [{**columns, "image": "x.png", "chosen": "good", "rejected": "bad"} for _ in range(N)]
+    rows = rows_of(write(here / "x.jsonl", [*make, {**make[0], "is_tie": True}]), encoder,
+                   "image_understanding")
+    assert len(rows) == N and {better(r) for r in rows} == {"good"}
+    assert {r["prompt"] for r in rows} == {"What?"}
+    for image, complaint in (("y.png", "does not exist"), (None, "lacks")):
+        with pytest.raises(SystemExit, match=f"lost.jsonl:1.*{complaint}"):
+            rows_of(write(here / "lost.jsonl", [{**make[0], "image": image}]), encoder, "")
+
+
+def test_videos_of_other_sets_are_not_held_out():
+    # kills: a tenth of MM-RLHF's videos lost with ShareGPTVideo's
+    held = next(v for v in map(str, range(99)) if common.held_out(v))
+    raw = {"video": held, "prompt": "What?", "chosen": "good", "rejected": "bad"}
+    assert not list(common.convert(raw, 0))
+    row, = common.convert({**raw, "chosen_reason": "it is", "rejected_reason": "it is not"}, 0)
+    assert row["task"] == "video_understanding" and row["media"] == [held]
+
+
+def test_the_words_round_a_placeholder_stay_apart():
+    # kills: "Look at" and "the sky" glued together, "C#" cut to "C"
+    raw = {"ds_name": "d", "question": "Look at <image>\nthe sky.", "image": "x.png",
+           "chosen": "a", "rejected": "b"}
+    assert next(common.convert(raw, 0))["prompt"] == "Look at the sky."
+    talk = [{"value": "USER: <image>\nWhy?"}, {"preference_values": ["a", "b"]}]
+    raw = {"image": "x.png", "conversations": json.dumps(talk)}
+    assert next(common.convert(raw, 0))["prompt"] == "USER: Why?"
+    text = "[Question]:\n<image>Which?\n### [Response 1]:\nC#\n### [Response 2]:\nC\n### {}"
+    for end in ("Output Format:", "**Output Format (strictly follow):**"):
+        raw = {"image": "x.png", "answer": ["<answer>1</answer>"],
+               "message": json.dumps([{"role": "user", "content": text.format(end)}])}
+        assert sorted(next(common.convert(raw, 0))["responses"]) == ["C", "C#"]
+
+
+# ------------------------------------------------------------------------------- the paper's tables
+def test_table_5():
+    # The counts of MSRL Table 5. kills: a digit
+    for paper, want in ((stage2.PAPER, [5000, 2500, 2580, 4323, 2500, 2539]),
+                        (stage3.PAPER, [8000, 2500, 2639, 2343, 2500, 2056])):
+        counts = [int(s.rpartition(":")[2]) for s in paper["data"].split(",")]
+        assert counts == want and sum(counts) in (19442, 20038)

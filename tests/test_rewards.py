@@ -1,0 +1,249 @@
+"""
+Answers and rewards: what counts as a verdict, what each reward pays for, and whether the verdict is
+what the reasoning concluded. "kills:" names plausible wrong versions of the source that make a test
+fail; wrong_versions.py has some of them as functions.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import wrong_versions
+from helpers import rejects, thinks
+
+import common
+import stage1_text_grpo as stage1
+
+
+# ------------------------------------------------------------------------------ verdict, form, type
+PARSED = [  # text, verdict, well formed
+    ("<think>\nx\n</think>\n<answer>\nA\n</answer>", "A", True),
+    ("  <think>x\ny</think><answer> B </answer>\n", "B", True),
+    ("<answer>A</answer>", "A", False),                                # --target label answers so
+    ("<answer>A</answer><answer>B</answer>", None, False),
+    ("<think>x</think><answer>A</answer><answer>A</answer>", None, False),
+    ("<think>x</think><answer>A</answer>A", "A", False),
+    ("Well. <think>x</think><answer>A</answer>", "A", False),
+    ("<think>x</think> so <answer>A</answer>", "A", False),
+    ("<think><think>x</think></think><answer>A</answer>", "A", False),
+    ("<think>x</think><think>y</think><answer>B</answer>", "B", False),
+    ("<think>x<think>y</think><answer>B</answer>", "B", False),
+    ("<think>x</think><answer>Response A</answer>", None, False),
+    ("<think>x</think><answer>A or B</answer>", None, False),          # the template's own words
+    ("<think>x</think><answer>AB</answer>", None, False),
+    ("<think>x</think><answer>a</answer>", None, False),
+    ("<think>x</think><answer>\u0410</answer>", None, False),          # a Cyrillic A
+    ("<THINK>x</THINK><ANSWER>A</ANSWER>", None, False),
+    ("<think>x</think><answer></answer>", None, False),
+    ("<think>x</think><answer>A", None, False),
+    ("<think>x</think>", None, False),
+    ("<think>A is better", None, False),
+    ("<think>x</think>A", None, False),
+    ("<think>x</think><answer><answer>A</answer></answer>", None, False),
+    ("<think>x</think><answer><think>A</think></answer>", None, False),
+    ("<think>x<answer></think>A</answer>", None, False),
+    ("", None, False),
+]
+
+
+GUESSED_WHILE_THINKING = [
+    "<think>is it <answer>A</answer>, or rather not</think>",
+    "<think>is it <answer>A</answer>, or",
+    "<think>x<answer>B</answer></think>",
+    "</think>x<think><answer>A</answer>",
+]
+ANSWERED_FIRST = "<answer>A</answer><think>x</think>"
+
+
+def check_parser(parse, text, verdict, well_formed):
+    answer = parse(text)
+    assert (answer.verdict, answer.well_formed) == (verdict, well_formed)
+
+
+@pytest.mark.parametrize("text, verdict, well_formed", PARSED)
+def test_parse(text, verdict, well_formed):
+    """One clear verdict in its own tag, or none: a policy finds every way to be read two ways."""
+    check_parser(common.parse, text, verdict, well_formed)
+
+
+def check_no_verdict(parse, text):
+    assert parse(text).verdict is None
+
+
+@pytest.mark.parametrize("text", GUESSED_WHILE_THINKING)
+def test_a_verdict_inside_the_thinking_is_none(text):
+    """A guess while thinking, cut off or never confirmed, must earn no accuracy."""
+    check_no_verdict(common.parse, text)
+
+
+def check_malformed(parse, text):
+    assert not parse(text).well_formed
+
+
+def test_an_answer_before_the_thinking_is_malformed():
+    """Reasoning after the verdict explains nothing."""
+    check_malformed(common.parse, ANSWERED_FIRST)
+
+
+def check_all_texts(parse):
+    for case in PARSED:
+        check_parser(parse, *case)
+    for text in GUESSED_WHILE_THINKING:
+        check_no_verdict(parse, text)
+    check_malformed(parse, ANSWERED_FIRST)
+
+
+def test_the_frame_of_the_wrong_parsers_is_right():
+    check_all_texts(wrong_versions.parser())
+
+
+@pytest.mark.parametrize("name", wrong_versions.PARSERS)
+def test_wrong_parsers_are_rejected(name):
+    rejects(check_all_texts, wrong_versions.PARSERS[name])
+
+
+@pytest.mark.parametrize("inside, type", [
+    ("image understanding", "image understanding"),
+    (" Image Understanding.\n", "image understanding"),
+    ("IMAGE_UNDERSTANDING", "image understanding"),
+    ("image-\nunderstanding", "image understanding"),
+    ("video  generation", "video generation"),
+    ("images understanding", "images understanding"),
+    ("image understanding</type><type>video generation", None),
+    ("image understanding</type><type>image understanding", None)])
+def test_type_tag(inside, type):
+    """Spelling is forgiven, a second guess is not. kills: no lower(); no split at _ or -; the first
+    of several tags."""
+    assert common.parse(f"<think><type>{inside}</type>x</think><answer>A</answer>").type == type
+
+
+@pytest.mark.parametrize("text", [
+    "", "image understanding", "<type>image understanding", "image understanding</type>"])
+def test_no_type_tag(text):
+    """kills: `"image understanding" in text`."""
+    assert common.parse(text).type is None
+
+
+@pytest.mark.parametrize("text", [
+    "<type>video generation<type>image understanding</type>",
+    "<type>image understanding</type><type>video generation"])
+def test_a_nested_type_tag_is_none(text):
+    """Two opened tags are two guesses, the second merely not closed.
+    kills: counting whole pairs only."""
+    assert common.parse(text).type is None
+
+
+# ------------------------------------------------------------------------------------------ rewards
+@pytest.mark.parametrize("task", common.TASKS)
+def test_rewards(task):
+    """The three rewards are separate: each can be earned without the others.
+    kills: accuracy needs the format; task reward 1.0; task compared with its underscore."""
+    row = {"task": task, "label": "B"}
+    tag = f"<type>{task.replace('_', ' ')}</type>"
+    for text, want in (
+            (f"<think>{tag}x</think><answer>B</answer>", (1, 1, 0.2)),
+            ("<think><type>audio</type>x</think><answer>B</answer>", (1, 1, 0)),
+            (f"<think>{tag}x</think><answer>A</answer>", (1, 0, 0.2)),
+            (f"<think>{tag}x</think><answer>B</answer>!", (0, 1, 0.2)),
+            (f"<think>{tag}x</think>", (0, 0, 0.2)),
+            (tag * 2, (0, 0, 0)),
+            ("<answer>A</answer><answer>B</answer>", (0, 0, 0)),
+            ("B", (0, 0, 0)),
+            ("", (0, 0, 0))):
+        got = (common.format_reward(text, row), common.accuracy_reward(text, row),
+               common.task_reward(text, row))
+        assert got == want, text
+
+
+# -------------------------------------------------------------------------- R1-Reward's consistency
+@pytest.mark.parametrize("reasoning, side", [
+    ("Response A is better .", "A"), ("Response 2 is clearly the better one.", "B"),
+    ("Response A is **worse**.", "B"), ("The answer 1 is not better.", "B"),
+    ("Image B isn't the best", "A"), ("I prefer Response B", "B"),
+    ("The better response is Response 1.", "A"),
+    # the last comparison counts, and its subject, not the one it is compared with
+    ("Response A is better at first sight. Yet Response B is better.", "B"),
+    ("Response A is better than Response B", "A"),
+    ("Response B is better.\nResponse A is right.", "B"),  # "right" compares nothing
+    ("Response A is better in style. Overall, Response B is the winner.", "B"),
+    ("Response 1 is better written. Response 2 wins overall.", "B"),
+    ("A point each, but Response B is more accurate.", "B"),
+    # hostile: nothing is stated, or both, or it is asked
+    ("", None), ("Response C is better", None), ("If Response A is better, so be it", None),
+    ("Neither Response A nor Response B is better.", None), ("Is Response A better?", None),
+    ("Response A is better. Whether Response B is better is open.", None),
+    ("Response A is better; or Response B might be better", None),
+    # a "not" elsewhere may turn the sentence round: better no sign than the wrong one
+    ("Response A is not only better but clearer.", None), ("I would not choose Response B.", None),
+    ("I do not think Response A is better", None), ("Response A is no better than B.", None),
+    ("Response A is the less preferable one.", None), ("Response A is far from the best", None),
+])
+def test_what_a_reasoning_concludes(reasoning, side):
+    # kills: the first comparison, the last name, negation ignored, "worse" read as praise
+    assert common.concluded(reasoning) == side
+    for verdict in "AB":
+        text = thinks(verdict, reasoning)
+        want = 0 if side is None else 1 if side == verdict else -1
+        assert common.rule_consistency(text) == want
+    assert common.rule_consistency(f"<think>{reasoning}</think>") == 0  # no verdict
+    # what stands behind the reasoning is not reasoning
+    assert common.rule_consistency("<think></think>Response A is better<answer>A</answer>") == 0
+
+
+def test_r1_reward_is_the_papers(monkeypatch):
+    # 0.5 format + accuracy (1 + 0.5 consistency): 2, 1, 0.5 and 0.5 for the four kinds of answer.
+    # kills: consistency paid to wrong verdicts, 0 for -1, the referee asked twice
+    def text(side, verdict):
+        return thinks(verdict, f"Response {side} is better.")
+    reward = common.consistency_reward("rule", None, None)
+    functions = {**stage1.REWARDS, "consistency": reward}
+    got = []
+    for answer in (text("A", "A"), text("B", "A"), text("B", "B"), text("A", "B"), "A"):
+        got.append(sum(weight * functions[name](answer, {"label": "A"})
+                       for name, weight in stage1.SCHEMES["r1"].items()))
+    assert got == [2.0, 1.0, 0.5, 0.5, 0.0]
+    # a checkpoint as referee: one question for each conclusion and verdict, the last three lines
+    asked = []
+
+    class Fake:
+        def encode(self, text):
+            asked.append(text)
+            return text
+
+        def decode(self, ids):
+            return ids
+    monkeypatch.setattr(common, "load", lambda *a: (None, Fake()))
+    replies = {"A": "1", "B": "0", "C": "0 or 1"}
+
+    def sample(model, encoder, prompts, *settings):
+        side = prompts[0].split("Response ")[1][0]
+        return SimpleNamespace(ids=[replies[side]])
+    referee = common.referee_consistency("folder", sample, "cpu")
+    assert [referee(text(side, "A")) for side in "ABCAB"] == [1, -1, 0, 1, -1]
+    assert len(asked) == 3
+    referee("<think>\none\ntwo\n\nResponse A three\nResponse A four\n</think>\n<answer>B</answer>")
+    assert "two; Response A three" not in asked[-1] and "three; Response A four" in asked[-1]
+    assert "Response B is better" in asked[-1] and "think>" not in asked[-1]
+    # in the words of the reasoning: 1 and 2, images
+    referee = common.referee_consistency("folder", sample, "cpu", "r1")
+    answer = common.as_ab("<think>Response 2 is better.</think><answer>2</answer>", "r1")
+    replies["2"] = "1"
+    assert referee(answer) == 1 and "Statement: Response 2 is better" in asked[-1]
+
+
+def test_style_r1_says_1_and_2(encoder):
+    # kills: an A taken for a verdict, 2 read as A, numbers changed, B's left behind
+    text = ("<think>\nBoth responses A and B walk. Response B has 2 legs, answer A four. A dog.\n"
+            "</think>\n<answer>\nB\n</answer>")
+    digits = common.in_style(text, "r1")
+    assert digits == ("<think>\nBoth responses 1 and 2 walk. Response 2 has 2 legs, answer 1 four. "
+                      "A dog.\n</think>\n<answer>\n2\n</answer>")
+    assert common.parse(common.as_ab(digits, "r1")).verdict == "B"
+    assert common.parse(digits, "r1").verdict == "B"
+    assert common.parse(digits).verdict is None and common.parse(text, "r1").verdict is None
+    assert common.in_style(text, "msrl") == common.as_ab(text, "msrl") == text
+    assert common.rule_consistency(common.as_ab(digits, "r1")) == 0  # "has 2 legs" compares nothing
+    row = {"task": "text", "prompt": "p?", "responses": ["uno", "due"], "media": [], "captions": []}
+    shown = common.render(row, style="r1")
+    assert shown.index("p?") < shown.index("uno") < shown.index("due") and "1/2" in shown
+    with pytest.raises(common.BadRow, match="R1-Reward has no prompt"):
+        common.render({**row, "task": "image_generation", "responses": None}, style="r1")

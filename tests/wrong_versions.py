@@ -1,0 +1,727 @@
+"""
+Wrong versions that the tests must reject: one dict per topic, {what is wrong: function}. Each
+function has the signature of the right one in the sources, and each is a mistake that one makes.
+
+The wrong versions of a topic share a frame: the right thing in the plainest way, with one place
+open. The tests show that the frame with nothing wrong in it passes the oracle, so what an oracle
+rejects is the one mistake, and that every version in the dict fails it.
+
+    PARSERS       parse          test_rewards.py     SELECTION     select      test_stages.py
+    ADVANTAGES    advantages     test_grpo.py        SWAPS         swap        test_swap.py
+    LOSSES        grpo_loss      test_grpo.py        EVALUATIONS   summarize   test_judging.py
+    PACKINGS      pack           test_grpo.py        WIN_RATES     win_rates   test_eval.py
+    SAMPLERS      sample_group   test_grpo.py        BT_LOSSES     bt_loss     test_bt.py
+    SFT_MASKS     collate        test_grpo.py
+"""
+
+import math
+import re
+from collections import Counter
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+OTHER = {"A": "B", "B": "A"}
+
+
+# -------------------------------------------------------------------------------- parsing an answer
+class Answer(NamedTuple):
+    verdict: str | None
+    well_formed: bool
+
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+VERDICT = re.compile(r"<answer>\s*([AB])\s*</answer>")
+FORM = re.compile(r"\s*<think>.*</think>\s*<answer>\s*[AB]\s*</answer>\s*", re.DOTALL)
+
+
+def one_verdict(text, pattern=VERDICT):
+    """The verdict after the thinking, if the text has one answer and no more."""
+    after = text.rpartition("</think>")[2]
+    if "<think>" in after or text.count("<answer>") != 1 or text.count("</answer>") != 1:
+        return None
+    found = pattern.search(after)
+    return found[1].upper() if found else None
+
+
+def each_tag_once(text):
+    return all(text.count(tag) == 1 for tag in TAGS)
+
+
+def well_formed(text):
+    return each_tag_once(text) and FORM.fullmatch(text) is not None
+
+
+def parser(verdict=one_verdict, form=well_formed):
+    """parse() with another rule for the verdict or for the form."""
+    def parse(text, style="msrl"):
+        return Answer(verdict(text), form(text))
+    return parse
+
+
+def first_letter(text):
+    found = re.search("[AB]", text)
+    return found[0] if found else None
+
+
+def last_answer(text):
+    found = VERDICT.findall(text)
+    return found[-1] if found else None
+
+
+def answer_while_thinking(text):
+    found = VERDICT.findall(text)
+    return found[0] if len(found) == 1 else None
+
+
+def letter_without_a_tag(text):
+    end = re.sub(r"</?answer>", "", text.rpartition("</think>")[2]).strip()
+    return end if end in OTHER else None
+
+
+PARSERS = {
+    "first letter A or B found anywhere": parser(verdict=first_letter),
+    "last of several <answer>": parser(verdict=last_answer),
+    "an answer inside the thinking counts": parser(verdict=answer_while_thinking),
+    "a letter without its tag counts": parser(verdict=letter_without_a_tag),
+    "ignores case": parser(verdict=lambda text: one_verdict(
+        text, re.compile(VERDICT.pattern, re.IGNORECASE))),
+    "only the beginning of the answer is read": parser(verdict=lambda text: one_verdict(
+        text, re.compile(r"<answer>\s*([AB])"))),
+    "well-formed with text around the tags": parser(
+        form=lambda text: each_tag_once(text) and FORM.search(text) is not None),
+    "well-formed with tags in any order": parser(form=each_tag_once),
+    "well-formed with a tag twice": parser(form=lambda text: FORM.fullmatch(text) is not None),
+}
+
+
+# --------------------------------------------------------------------------------------- advantages
+def statistics_of(rewards, every, kind):
+    """The rewards whose mean and standard deviation count: [B or 1, n]."""
+    return rewards if kind == "group" else every.flatten()[None]
+
+
+def advantage_rule(base_of=statistics_of, correction=0, scaled=lambda scale: scale,
+                   filtered=lambda z, difference: z, sigma_of=lambda sigma: sigma):
+    """advantages() with another part."""
+    def advantages(rewards, every, kind, scale_std, sigma):
+        base = base_of(rewards, every, kind)
+        mean = base.mean(1, keepdim=True)
+        std = base.std(1, keepdim=True, correction=correction)
+        spread = base.amax(1, keepdim=True) > base.amin(1, keepdim=True)
+        difference = torch.where(spread, rewards - mean, 0.0)
+        z = difference / torch.where(spread, std, 1.0)
+        sigma = sigma_of(sigma)
+        keep = torch.ones_like(z, dtype=torch.bool)
+        if sigma > 0:
+            keep = filtered(z, difference).abs() <= sigma
+        return (z if scaled(scale_std) else difference), keep
+    return advantages
+
+
+advantages = advantage_rule()
+
+
+def advantages_over_prompts(rewards, every, kind, scale_std, sigma):
+    value, keep = advantages(rewards.mT, every, kind, scale_std, sigma)
+    return value.mT, keep.mT
+
+
+ADVANTAGES = {
+    "unbiased standard deviation": advantage_rule(correction=1),
+    "statistics of this process only": advantage_rule(
+        lambda rewards, every, kind: statistics_of(rewards, rewards, kind)),
+    "always the group": advantage_rule(
+        lambda rewards, every, kind: statistics_of(rewards, every, "group")),
+    "always the batch": advantage_rule(
+        lambda rewards, every, kind: statistics_of(rewards, every, "batch")),
+    "divided by the standard deviation when it should not be": advantage_rule(
+        scaled=lambda scale: not scale),
+    "mean over prompts in place of answers": advantages_over_prompts,
+    "no filter of outliers": advantage_rule(sigma_of=lambda sigma: 0.0),
+    "filter on the difference in place of z": advantage_rule(
+        filtered=lambda z, difference: difference),
+}
+
+
+# --------------------------------------------------------------------------------------------- loss
+def k3(d):
+    """d = log(reference / policy) of a token that the policy sampled."""
+    return d.exp() - d - 1
+
+
+def weighted_sum(terms, weight):
+    return (terms * weight).sum()
+
+
+def loss_rule(pick=torch.min, sign=1, pre=True, exchanged=False, kl=k3, gain_sign=1,
+              total=weighted_sum):
+    """grpo_loss() with another part."""
+    def loss(logp, old, ref, advantage, weight, clip_low, clip_high, pre_clip, beta):
+        low, high = (clip_high, clip_low) if exchanged else (clip_low, clip_high)
+        step = logp - old
+        if pre and pre_clip > 0:
+            step = step.clamp(-math.log(pre_clip), math.log(pre_clip))
+        ratio = step.exp()
+        gain = pick(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+        return total(-gain_sign * gain + beta * kl(sign * (ref - logp)), weight), {}
+    return loss
+
+
+loss = loss_rule()
+
+
+def loss_weighted_inside(logp, old, ref, advantage, weight, *settings):
+    return loss(logp, old, ref, advantage * weight, torch.ones_like(weight), *settings)
+
+
+KL_ESTIMATORS = {
+    "k1 in place of k3": loss_rule(kl=lambda d: -d),
+    "k2 in place of k3": loss_rule(kl=lambda d: d * d / 2),
+    "k3 of the opposite log-ratio": loss_rule(sign=-1),
+    "divergence without a gradient": loss_rule(kl=lambda d: k3(d).detach()),
+}
+LOSSES = KL_ESTIMATORS | {
+    "max in place of min": loss_rule(pick=torch.max),
+    "only the clipped ratio": loss_rule(pick=lambda free, clipped: clipped),
+    "ratio not clipped": loss_rule(pick=lambda free, clipped: free),
+    "lower and upper clip exchanged": loss_rule(exchanged=True),
+    "log-ratio not clipped before the exponential": loss_rule(pre=False),
+    "advantage minimised": loss_rule(gain_sign=-1),
+    "mean over tokens": loss_rule(
+        total=lambda terms, weight: (terms * weight).sum() / (weight > 0).sum()),
+    "weight inside the min": loss_weighted_inside,
+}
+
+
+# ------------------------------------------------------------------------------------------ packing
+class Packed(NamedTuple):
+    ids: torch.Tensor        # [b, P + S]
+    positions: torch.Tensor  # [b, P + S]
+    sees: torch.Tensor       # [b, 1, P + S, P + S]
+    source: torch.Tensor     # [b, S]
+    target: torch.Tensor     # [b, S]
+    owner: torch.Tensor      # [b, S]
+    pixels: torch.Tensor | None
+
+
+def pack(prompts, answers, pad_id, device):
+    width = max(len(prompt.ids) for prompt in prompts)
+    room = max(sum(len(answer) for answer in group) for group in answers)
+    size = len(prompts), width + room
+    ids = torch.full(size, pad_id, device=device)
+    positions = torch.zeros(size, dtype=torch.long, device=device)
+    owner = torch.full(size, -1, device=device)
+    source = torch.zeros(len(prompts), room, dtype=torch.long, device=device)
+    for i, (prompt, group) in enumerate(zip(prompts, answers, strict=True)):
+        begin = width - len(prompt.ids)
+        ids[i, begin:width] = torch.tensor(prompt.ids)
+        positions[i, begin:width] = torch.arange(len(prompt.ids))
+        owner[i, begin:width] = 0
+        begin = width
+        for number, answer in enumerate(group, 1):
+            end = begin + len(answer)
+            ids[i, begin:end] = torch.tensor(answer)
+            positions[i, begin:end] = len(prompt.ids) + torch.arange(len(answer))
+            owner[i, begin:end] = number
+            source[i, begin - width:end - width] = torch.arange(begin, end) - width
+            source[i, begin - width] = 0  # the prompt's last token
+            begin = end
+    query, key = owner[:, :, None], owner[:, None, :]
+    sees = ((key == 0) | (key == query)).tril()[:, None]
+    pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
+    return Packed(ids, positions, sees, source, ids[:, width:], owner[:, width:],
+                  torch.cat(pixels) if pixels else None)
+
+
+def real_tokens(packed, prompts):
+    """[b, P + S]: True where there is no padding."""
+    width = packed.ids.shape[1] - packed.target.shape[1]
+    places = torch.arange(width)
+    in_prompt = torch.stack([places >= width - len(prompt.ids) for prompt in prompts])
+    return torch.cat([in_prompt, packed.owner > 0], 1)
+
+
+def answers_see_each_other(prompts, *more):
+    packed = pack(prompts, *more)
+    real = real_tokens(packed, prompts)
+    itself = torch.eye(real.shape[1], dtype=torch.bool)
+    return packed._replace(sees=(real[:, None, :].expand(packed.sees[:, 0].shape).tril()
+                                 | itself)[:, None])
+
+
+def padding_is_seen(prompts, *more):
+    packed = pack(prompts, *more)
+    padding = ~real_tokens(packed, prompts)[:, None, None, :]
+    return packed._replace(sees=packed.sees | padding.expand(packed.sees.shape).tril())
+
+
+def last_prompt_token_is_hidden(prompts, *more):
+    packed = pack(prompts, *more)
+    width = packed.ids.shape[1] - packed.target.shape[1]
+    sees = packed.sees.clone()
+    sees[:, :, width:, width - 1] = False
+    return packed._replace(sees=sees)
+
+
+def positions_continue(prompts, *more):
+    packed = pack(prompts, *more)
+    count = real_tokens(packed, prompts).long().cumsum(1)
+    return packed._replace(positions=(count - 1).clamp(min=0))
+
+
+def positions_from_padded_width(prompts, *more):
+    packed = pack(prompts, *more)
+    width = packed.ids.shape[1] - packed.target.shape[1]
+    padding = torch.tensor([width - len(prompt.ids) for prompt in prompts])
+    positions = packed.positions.clone()
+    positions[:, width:] += padding[:, None]
+    return packed._replace(positions=positions)
+
+
+def source_off_by_one(*args):
+    packed = pack(*args)
+    return packed._replace(source=(packed.source + 1).clamp(max=packed.target.shape[1]))
+
+
+def predicted_by_the_answer_before(*args):
+    packed = pack(*args)
+    return packed._replace(source=torch.arange(packed.target.shape[1]).expand_as(packed.source))
+
+
+def images_rolled(*args):
+    packed = pack(*args)
+    return packed._replace(pixels=packed.pixels.roll(1, 0))
+
+
+PACKINGS = {
+    "answers see each other": answers_see_each_other,
+    "padding is seen": padding_is_seen,
+    "answers do not see the prompt's last token": last_prompt_token_is_hidden,
+    "positions continue after the previous answer": positions_continue,
+    "positions start at the padded width": positions_from_padded_width,
+    "source off by one": source_off_by_one,
+    "first token predicted by the answer before": predicted_by_the_answer_before,
+    "images in another order": images_rolled,
+}
+
+
+# ----------------------------------------------------------------------------------------- sampling
+def allowed_logits(logits, image_token_id):
+    if image_token_id is None:
+        return logits
+    return logits.index_fill(-1, torch.tensor([image_token_id]), -math.inf)
+
+
+def until_the_end(tokens, eos_ids):
+    """The answer up to its first end-of-sequence token."""
+    for place, token in enumerate(tokens):
+        if token in eos_ids:
+            return tokens[:place + 1]
+    return tokens
+
+
+def without_the_end(tokens, eos_ids):
+    """An empty answer has no log-prob and no weight, so one token stays."""
+    ended = until_the_end(tokens, eos_ids)
+    return ended[:-1] if ended[-1] in eos_ids and len(ended) > 1 else ended
+
+
+def sampler(heated=lambda logits, temperature: logits / temperature, allowed=allowed_logits,
+            scored=lambda logits, heated: heated, cut=until_the_end, order=lambda prompts: prompts,
+            seeded=True):
+    """sample_group() without a cache, prompt by prompt, with another part."""
+    @torch.no_grad()
+    def sample_group(model, encoder, prompts, group_size, temperature, max_new_tokens, generator):
+        ids, logps = [], []
+        for prompt in order(prompts):
+            sequence = torch.tensor([prompt.ids])
+            chosen = []
+            for _ in range(max_new_tokens):
+                media = {}
+                if prompt.pixels is not None:
+                    media["pixel_values"] = prompt.pixels.repeat(len(sequence), 1, 1, 1)
+                logits = model(input_ids=sequence, **media).logits[:, -1].float()
+                logits = allowed(logits.expand(group_size, -1), encoder.image_token_id)
+                hot = heated(logits, temperature or 1.0)
+                token = hot.argmax(-1, keepdim=True)
+                if temperature > 0:
+                    token = torch.multinomial(hot.softmax(-1), 1,
+                                              generator=generator if seeded else None)
+                logp = scored(logits, hot).log_softmax(-1)
+                chosen.append(logp.gather(1, token))
+                sequence = torch.cat([sequence.expand(group_size, -1), token], 1)
+            new = sequence[:, len(prompt.ids):].tolist()
+            for tokens, logp in zip(new, torch.cat(chosen, 1).tolist(), strict=True):
+                answer = cut(tokens, encoder.eos_ids)
+                ids.append(answer)
+                logps.append(logp[:len(answer)])
+        return SimpleNamespace(ids=ids, logp=logps)
+    return sample_group
+
+
+sample_group = sampler()
+
+
+def likeliest(logits, n=10):
+    """Only the n likeliest tokens may be drawn."""
+    least = logits.topk(n).values[:, -1:]
+    return logits.masked_fill(logits < least, -math.inf)
+
+
+SAMPLERS = {
+    "temperature ignored": sampler(heated=lambda logits, temperature: logits),
+    "temperature applied twice": sampler(
+        heated=lambda logits, temperature: logits / temperature ** 2),
+    "only the ten likeliest tokens": sampler(
+        heated=lambda logits, temperature: likeliest(logits / temperature)),
+    "log-probs without the temperature": sampler(scored=lambda logits, heated: logits),
+    "an image token may be drawn": sampler(allowed=lambda logits, image_token_id: logits),
+    "answers given to the neighbouring prompt": sampler(
+        order=lambda prompts: [*prompts[1:], prompts[0]]),
+    "end-of-sequence token cut off": sampler(cut=without_the_end),
+    "tokens after the end of the sequence kept": sampler(cut=lambda tokens, eos_ids: tokens),
+    "the seed is ignored": sampler(seeded=False),
+}
+
+
+# ---------------------------------------------------------------------- labels of fine-tuning (SFT)
+class Batch(NamedTuple):
+    ids: torch.Tensor     # [b, L]
+    mask: torch.Tensor    # [b, L]
+    labels: torch.Tensor  # [b, L], -100 where nothing is learned
+    pixels: torch.Tensor | None
+
+
+def prompt_hidden(prompt, answer):
+    return [-100] * len(prompt) + answer
+
+
+def pad_right(values, width, fill):
+    return values + [fill] * (width - len(values))
+
+
+def pad_left(values, width, fill):
+    return [fill] * (width - len(values)) + values
+
+
+def collator(label=prompt_hidden, pad=pad_right, hidden=lambda batch, pad_id: batch.labels):
+    """collate() with another rule for the labels."""
+    def collate(prompts, answers, pad_id, device):
+        pairs = list(zip(prompts, answers, strict=True))
+        width = max(len(prompt.ids) + len(answer) for prompt, answer in pairs)
+        ids, mask, labels = [], [], []
+        for prompt, answer in pairs:
+            whole = prompt.ids + answer
+            ids.append(pad_right(whole, width, pad_id))
+            mask.append(pad_right([1] * len(whole), width, 0))
+            labels.append(pad(label(prompt.ids, answer), width, -100))
+        pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
+        batch = Batch(torch.tensor(ids), torch.tensor(mask), torch.tensor(labels),
+                      torch.cat(pixels) if pixels else None)
+        return batch._replace(labels=hidden(batch, pad_id))
+    return collate
+
+
+collate = collator()
+
+SFT_MASKS = {
+    "prompt is trained on too": collator(  # but for its first token, which nothing predicts
+        label=lambda prompt, answer: [-100] + prompt[1:] + answer),
+    "labels shifted by one": collator(
+        label=lambda prompt, answer: [-100] * (len(prompt) - 1) + answer),
+    "no end-of-sequence token": collator(
+        label=lambda prompt, answer: prompt_hidden(prompt, answer[:-1] + [-100])),
+    "only the end-of-sequence token": collator(
+        label=lambda prompt, answer: prompt_hidden(prompt, [-100] * (len(answer) - 1)
+                                                   + answer[-1:])),
+    "padding is trained on": collator(
+        hidden=lambda batch, pad_id: batch.labels.where(batch.mask > 0, pad_id)),
+    "labels padded on the left": collator(pad=pad_left),
+    "every token equal to the padding token is hidden": collator(
+        hidden=lambda batch, pad_id: batch.labels.masked_fill(batch.ids == pad_id, -100)),
+}
+
+
+# ----------------------------------------------------------------------------- selection (stage 2b)
+def by_majority(verdicts):
+    """-> the pseudo-label, or None and why the row is dropped."""
+    votes = Counter(verdict for verdict in verdicts if verdict is not None)
+    if not votes:
+        return None, "no verdict"
+    if votes["A"] == votes["B"]:
+        return None, "tie"
+    return votes.most_common(1)[0][0], None
+
+
+def most_confident(places, confidences):
+    return max(places, key=lambda place: confidences[place])
+
+
+def selector(voters=lambda answers: [answer.verdict for answer in answers], majority=by_majority,
+             formed=lambda answer: answer.well_formed, choose=most_confident):
+    """select() with another part."""
+    parse = parser()
+
+    def select(texts, confidences):
+        answers = [parse(text) for text in texts]
+        label, why = majority(voters(answers))
+        if label is None:
+            return None, why
+        places = [place for place, answer in enumerate(answers)
+                  if answer.verdict == label and formed(answer)]
+        if not places:
+            return None, "malformed"
+        return choose(places, confidences), None
+    return select
+
+
+select = selector()
+
+
+def surest_of_all(texts, confidences):
+    parse = parser()
+    places = [place for place, text in enumerate(texts) if parse(text).well_formed]
+    if not places:
+        return None, "no verdict"
+    return most_confident(places, confidences), None
+
+
+def first_wins_ties(verdicts):
+    votes = Counter(verdict for verdict in verdicts if verdict is not None)
+    return (votes.most_common(1)[0][0], None) if votes else (None, "no verdict")
+
+
+def silence_votes(verdicts):
+    label = Counter(verdicts).most_common(1)[0][0]
+    return label, None if label else "no verdict"
+
+
+SELECTION = {
+    "most confident before the majority": surest_of_all,
+    "tie won by the first": selector(majority=first_wins_ties),
+    "malformed answers have no vote": selector(
+        voters=lambda answers: [answer.verdict for answer in answers if answer.well_formed]),
+    "answers without a verdict have a vote": selector(majority=silence_votes),
+    "malformed answers may be kept": selector(formed=lambda answer: True),
+    "least confident of the majority": selector(
+        choose=lambda places, confidences: min(places, key=lambda place: confidences[place])),
+    "first of the majority": selector(choose=lambda places, confidences: places[0]),
+}
+
+
+# -------------------------------------------------------------------- exchanging the two candidates
+def swap(row):
+    def turned(value):
+        return value[::-1] if value and len(value) == 2 else value
+
+    def renamed(match):
+        return f"{match[1]} {OTHER[match[2]]}"
+    rationale = row.get("rationale")
+    if rationale:
+        rationale = re.sub(r"\b(Response|Image|Video) ([AB])\b", renamed, rationale)
+    return {**row, "label": OTHER[row["label"]], "responses": turned(row["responses"]),
+            "media": turned(row["media"]), "captions": turned(row["captions"]),
+            "rationale": rationale}
+
+
+def swap_without(field):
+    """swap() that leaves this field as it is."""
+    def swap_the_rest(row):
+        return {**swap(row), field: row.get(field)}
+    return swap_the_rest
+
+
+def swap_in_place(row):
+    row.update(swap(row))
+    return row
+
+
+def swap_names_in_turn(row):
+    """A becomes B, and then every B becomes A."""
+    rationale = row["rationale"].replace(" A", " B").replace(" B", " A")
+    return {**swap(row), "rationale": rationale}
+
+
+SWAPS = {
+    "the label stays": swap_without("label"),
+    "the responses stay": swap_without("responses"),
+    "the media stay": swap_without("media"),
+    "the captions stay": swap_without("captions"),
+    "the rationale stays": swap_without("rationale"),
+    "the rationale's names exchanged one after the other": swap_names_in_turn,
+    "the given row is changed": swap_in_place,
+}
+
+
+# ------------------------------------------------------------------------------ summing verdicts up
+def wilson(p, n, z=1.96):
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    total = 1 + z * z / n
+    return [max(0.0, (middle - half) / total), min(1.0, (middle + half) / total)]
+
+
+def points(votes, label, tied=0.5):
+    """What the votes of one order earn."""
+    right, wrong = votes.count(label), votes.count(OTHER[label])
+    if right == wrong:
+        return tied if right else 0.0
+    return float(right > wrong)
+
+
+def side_of(votes):
+    """The majority's side, None for a tie or no verdict."""
+    a, b = votes.count("A"), votes.count("B")
+    return None if a == b else "A" if a > b else "B"
+
+
+def evaluation(earned=points, counted=lambda orders: orders, compared=lambda both, rows: both,
+               questions=lambda rows, preds: rows, shown=lambda pred: pred["order"] == "AB"):
+    """summarize() with another part."""
+    def summarize(rows, preds):
+        by_row = {}
+        for pred in preds:
+            orders = by_row.setdefault(pred["row"], {})
+            orders.setdefault(pred["order"], []).append(pred["pred"])
+        row_points, both, flips = [], 0, 0
+        for place, orders in by_row.items():
+            label = rows[place]["label"]
+            each = [earned(votes, label) for votes in counted(orders).values()]
+            if each:
+                row_points.append(sum(each) / len(each))
+            sides = [side_of(votes) for votes in orders.values()]
+            if len(sides) == 2 and None not in sides:
+                both += 1
+                flips += sides[0] != sides[1]
+        accuracy = sum(row_points) / max(1, len(row_points))
+        judged = compared(both, len(by_row))
+        stated = [pred for pred in preds if pred["pred"] is not None]
+        says_a = sum((pred["pred"] == "A") == shown(pred) for pred in stated)
+        return {"accuracy": accuracy, "n": len(row_points),
+                "interval": wilson(accuracy, max(1, questions(len(row_points), len(preds)))),
+                "order_flips": flips / judged if judged else 0.0,
+                "share_a": says_a / len(stated) if stated else 0.0,
+                "unparsable": 1 - len(stated) / len(preds),
+                "format": sum(well_formed(pred["text"]) for pred in preds) / len(preds)}
+    return summarize
+
+
+summarize = evaluation()
+
+
+def share_of_votes(votes, label):
+    stated = [vote for vote in votes if vote is not None]
+    return stated.count(label) / len(stated) if stated else 0.0
+
+
+def orders_with_a_verdict(orders):
+    return {order: votes for order, votes in orders.items() if any(votes)}
+
+
+EVALUATIONS = {
+    "tie counts as right": evaluation(lambda votes, label: points(votes, label, tied=1.0)),
+    "tie counts as wrong": evaluation(lambda votes, label: points(votes, label, tied=0.0)),
+    "unparsable left out": evaluation(counted=orders_with_a_verdict),
+    "unparsable counts one half": evaluation(
+        lambda votes, label: points(votes, label) if any(votes) else 0.5),
+    "share of the votes in place of their majority": evaluation(share_of_votes),
+    "only the first order counts": evaluation(
+        counted=lambda orders: {order: orders[order] for order in orders if order == "AB"}),
+    "flips as a share of all rows": evaluation(compared=lambda both, rows: rows),
+    "interval over judgements in place of rows": evaluation(questions=lambda rows, preds: preds),
+    "share of A among candidates in place of places": evaluation(shown=lambda pred: True),
+}
+
+
+# ------------------------------------------------------------------------------- ranking: win rates
+def beta_error(won, met):
+    """Standard deviation of Beta(1 + won, 1 + lost)."""
+    a, b = 1 + won, 1 + met - won
+    return math.sqrt(a * b / (a + b + 1)) / (a + b)
+
+
+def win_rule(loser=lambda share: 1 - share, winner=lambda share: share,
+             games_of=lambda met, n, games: met, error=beta_error):
+    """win_rates() with another part."""
+    def win_rates(n, games):
+        won, met = [0.0] * n, [0] * n
+        for i, j, share in games:
+            won[i] += winner(share)
+            won[j] += loser(share)
+            met[i] += 1
+            met[j] += 1
+        rewards, errors = [], []
+        for candidate in range(n):
+            played = games_of(met[candidate], n, len(games))
+            rewards.append(won[candidate] / played if played else 0.5)
+            errors.append(error(won[candidate], met[candidate]))
+        return rewards, errors
+    return win_rates
+
+
+win_rates = win_rule()
+
+
+def binomial_error(won, met):
+    rate = won / met
+    return math.sqrt(rate * (1 - rate) / met)
+
+
+WIN_RATES = {
+    "the loser gets nothing": win_rule(loser=lambda share: 0.0),
+    "half a win counts as a win": win_rule(winner=lambda share: float(share >= 0.5),
+                                           loser=lambda share: float(share < 0.5)),
+    "divided by all games": win_rule(games_of=lambda met, n, games: games),
+    "divided by all opponents, met or not": win_rule(games_of=lambda met, n, games: n - 1),
+    "no error after winning every game": win_rule(error=binomial_error),
+    "variance in place of standard error": win_rule(
+        error=lambda won, met: beta_error(won, met) ** 2),
+}
+
+
+# ------------------------------------------------------------------------------- Bradley-Terry loss
+def bt_loss(chosen, rejected, zero_coefficient):
+    return -F.logsigmoid(chosen - rejected) + zero_coefficient * (chosen + rejected) ** 2
+
+
+def no_sigmoid(chosen, rejected, zero_coefficient):
+    return -(chosen - rejected) + zero_coefficient * (chosen + rejected) ** 2
+
+
+def sides_exchanged(chosen, rejected, zero_coefficient):
+    return bt_loss(rejected, chosen, zero_coefficient)
+
+
+def no_logarithm(chosen, rejected, zero_coefficient):
+    return -torch.sigmoid(chosen - rejected) + zero_coefficient * (chosen + rejected) ** 2
+
+
+def each_score_alone(chosen, rejected, zero_coefficient):
+    return (-F.logsigmoid(chosen) - F.logsigmoid(-rejected)
+            + zero_coefficient * (chosen + rejected) ** 2)
+
+
+def difference_regularised(chosen, rejected, zero_coefficient):
+    return -F.logsigmoid(chosen - rejected) + zero_coefficient * (chosen - rejected) ** 2
+
+
+def mean_regularised(chosen, rejected, zero_coefficient):
+    return -F.logsigmoid(chosen - rejected) + zero_coefficient * ((chosen + rejected) / 2) ** 2
+
+
+def sum_rewarded(chosen, rejected, zero_coefficient):
+    return bt_loss(chosen, rejected, -zero_coefficient)
+
+
+BT_LOSSES = {
+    "difference without the sigmoid": no_sigmoid,
+    "sides exchanged": sides_exchanged,
+    "probability in place of its logarithm": no_logarithm,
+    "each score alone": each_score_alone,
+    "difference in place of the sum in the regulariser": difference_regularised,
+    "mean in place of the sum in the regulariser": mean_regularised,
+    "regulariser with the opposite sign": sum_rewarded,
+}
