@@ -1773,7 +1773,7 @@ def resumed(path, made_by, rows, work, chunk=256, desc=None):
     found = whole_lines(path)
     if found and found[0] != mark:
         before = found[0].get("made_by", {}) if isinstance(found[0], dict) else {}
-        changed = differences(before, mark["made_by"]) or "the rows"
+        changed = differences(before, mark["made_by"]) or "the rows have changed"
         raise SystemExit(f"{path} was made with other settings or of other rows ({changed}). "
                          "Delete it, or take another --out.")
     done = found[1:]

@@ -164,8 +164,8 @@ def test_pairs_that_a_limit_makes_equal_are_left_out_and_counted(world, tmp_path
     # so short that "Image 1 is ..." and "Image 2 is ..." are the same; swapped, the media differ
     pairs = [r for r in rows_of(world, "mm_rl", encoder) if r["task"].endswith("generation")]
     for t2i, same in (("pair", True), ("swap", False)):
-        bt.measure(pairs[0], encoder, {**SETTINGS, "max_response_tokens": 2, "t2i": t2i})
-        assert pairs[0]["same"] == same
+        settings = {**SETTINGS, "max_response_tokens": 2, "t2i": t2i}
+        assert bt.candidates_are_equal(pairs[0], encoder, settings) == same
     (_, answers), = bt.candidates(rows[0], encoder, {**SETTINGS, "max_response_tokens": 4})
     assert len(answers[0]) == 4 and answers[0][-1] == encoder.eos_id
 
@@ -200,7 +200,7 @@ def fake_models(monkeypatch, scores, verdicts):
     monkeypatch.setattr(bt, "score_rows", lambda model, _, rows, *more: [
         scores[model][r["id"]] for r in rows])
     monkeypatch.setattr(common, "judge", lambda model, _, rows, *more, **kind: [
-        {"row": i, "pred": p} for i, r in enumerate(rows) for p in verdicts[model][r["id"]]])
+        {"at": i, "pred": p} for i, r in enumerate(rows) for p in verdicts[model][r["id"]]])
 
 
 def test_curation_by_hand(tmp_path, monkeypatch):
@@ -244,7 +244,7 @@ def test_curation_by_hand(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="other rows"):
         bt.curate(rows[1:], ["own", "peer"], "own", [], cfg, "cpu", tmp_path)
     cfg.frames = 4  # another look at the rows is another score
-    with pytest.raises(SystemExit, match="was made by"):
+    with pytest.raises(SystemExit, match="frames 8 -> 4"):
         bt.curate(rows, ["own", "peer"], "own", [], cfg, "cpu", tmp_path)
 
 
@@ -260,28 +260,33 @@ def test_what_a_judge_was_trained_to_say_is_what_it_is_asked(tmp_path):
 
 
 def test_killed_scoring_goes_on_where_it_was(tmp_path):
-    # kills: done rows worked again, a torn line kept
+    # kills: done rows worked again, a torn line kept, a chunk that begins where another one would
     rows = [{"id": str(i)} for i in range(10)]
-    worked = []
+    worked, starts = [], []
 
-    def work(chunk):
+    def work(chunk, at):
+        starts.append(at)
         worked.extend(row["id"] for row in chunk)
         return [int(row["id"]) ** 2 for row in chunk]
 
-    def killed(chunk):
-        squares = work(chunk)
+    def killed(chunk, at):
+        squares = work(chunk, at)
         if "6" in worked:
             raise KeyboardInterrupt
         return squares
 
+    def square(work):
+        return common.resumed(tmp_path / "x.jsonl", {"model": "m"}, rows, work, chunk=3)
+
     with pytest.raises(KeyboardInterrupt):
-        common.resumed(tmp_path / "x.jsonl", "m", rows, killed, chunk=3)
+        square(killed)
     with open(tmp_path / "x.jsonl", "a") as f:
-        f.write('[3')
+        f.write("36\n[3")  # killed while it wrote the third chunk
     worked.clear()
-    got = common.resumed(tmp_path / "x.jsonl", "m", rows, work, chunk=3)
-    assert got == [i * i for i in range(10)]
-    assert worked == ["6", "7", "8", "9"]
+    starts.clear()
+    assert square(work) == [i * i for i in range(10)]
+    assert worked == ["6", "7", "8", "9"] and starts == [6, 9]
+    assert square(killed) == [i * i for i in range(10)] and starts == [6, 9]
 
 
 def test_planted_noise_is_found(tmp_path, monkeypatch):
@@ -337,7 +342,7 @@ def test_a_judge_as_the_reward_of_a_group(monkeypatch):
             stronger = None if a == b else "A" if a > b else "B"
             # in one order it prefers what stands first to d, or d
             first = "A" if "d" in row["responses"] else stronger
-            preds += [{"row": i, "pred": first}, {"row": i, "pred": stronger}]
+            preds += [{"at": i, "pred": first}, {"at": i, "pred": stronger}]
         return preds
     monkeypatch.setattr(common, "judge", judge)
 
@@ -400,7 +405,7 @@ def test_construction_with_a_teacher_by_hand(monkeypatch, reward_model, world, q
             else:
                 asked.append((noised, "it is red ." in asks))
                 texts += ["bad" if noised else "good"] * n
-        return SimpleNamespace(ids=texts)
+        return SimpleNamespace(ids=[[text] for text in texts])
 
     monkeypatch.setattr(bt, "sample_group", sample)
     monkeypatch.setattr(encoder, "decode", lambda ids: ids if isinstance(ids, str) else

@@ -497,6 +497,11 @@ def generate(world, encoder, prompts, n):
     return [until(row, encoder.eos_ids) for row in out]
 
 
+def flat(groups):
+    """[B][G] -> [B*G]"""
+    return [answer for group in groups for answer in group]
+
+
 def until(ids, eos_ids):
     """The answer up to its first EOS."""
     return ids[:next((k for k, t in enumerate(ids, 1) if t in eos_ids), len(ids))]
@@ -518,7 +523,9 @@ def test_greedy_equals_generate(world, compactions, kind):
     encoder = with_eos(world.encoder, max(pairs, key=unequal))
     want = generate(world, encoder, prompts, 12)
     got = stage1.sample_group(world.model, encoder, prompts, 2, 0.0, 12, None)
-    assert got.ids == [row for row in want for _ in "12"]
+    assert got.ids == [[answer, answer] for answer in want]
+    alone = stage0_sft.generate_greedily(world.model, encoder, prompts, max_new_tokens=12)
+    assert alone.ids == [[answer] for answer in want]  # what stage 0 judges with
     if kind in ("text", "mixed"):
         assert len({len(row) for row in want}) > 1 and compactions
 
@@ -564,7 +571,7 @@ def check_no_image(sample_group, world, temperature=1.0):
         patch.setattr(type(world.model), "forward", loud)
         rollout = sample_group(world.model, world.encoder, world.prompts["text"], G, temperature, 4,
                                torch.Generator().manual_seed(0))
-    assert all(world.encoder.image_token_id not in ids for ids in rollout.ids)
+    assert all(world.encoder.image_token_id not in ids for ids in flat(rollout.ids))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -577,11 +584,10 @@ def check_log_probs(sample_group, world):
     encoder, prompts = often_ending(world.encoder), world.prompts["mixed"]
     rollout = sample_group(world.model, encoder, prompts, G, 0.7, 10,
                            torch.Generator().manual_seed(8))
-    answers = [rollout.ids[i:i + G] for i in range(0, B * G, G)]
-    assert len({len(a) for a in rollout.ids}) > 2
+    assert len({len(answer) for answer in flat(rollout.ids)}) > 2
     with torch.no_grad():
-        logp, _, owner = stage1.packed_logps(world.model, encoder, prompts, answers, 0.7)
-    for sampled, scored in zip(rollout.logp, unpack(logp, owner), strict=True):
+        logp, _, owner = stage1.packed_logps(world.model, encoder, prompts, rollout.ids, 0.7)
+    for sampled, scored in zip(flat(rollout.logp), unpack(logp, owner), strict=True):
         assert torch.allclose(torch.tensor(sampled), scored, atol=1e-4)
 
 
@@ -595,15 +601,16 @@ def check_ends(sample_group, world):
     encoder, n = often_ending(world.encoder), 6
     rollout = sample_group(world.model, encoder, world.prompts["text"], 20, 1.0, n,
                            torch.Generator().manual_seed(9))
-    assert len(rollout.ids) == len(rollout.logp) == 3 * 20
-    cut = [ids for ids in rollout.ids if ids[-1] not in encoder.eos_ids]
-    ended = [ids for ids in rollout.ids if ids[-1] in encoder.eos_ids]
+    answers, logps = flat(rollout.ids), flat(rollout.logp)
+    assert [len(group) for group in rollout.ids] == [20] * 3
+    cut = [ids for ids in answers if ids[-1] not in encoder.eos_ids]
+    ended = [ids for ids in answers if ids[-1] in encoder.eos_ids]
     assert len({ids[-1] for ids in ended}) > 5 and len(cut) > 5
     assert all(len(ids) == n for ids in cut)
     assert all(t not in encoder.eos_ids for ids in ended for t in ids[:-1])
     assert all(t not in encoder.eos_ids for ids in cut for t in ids)
-    assert [len(x) for x in rollout.logp] == [len(x) for x in rollout.ids]
-    assert all(logp <= 0 for row in rollout.logp for logp in row)
+    assert [len(x) for x in logps] == [len(x) for x in answers]
+    assert all(logp <= 0 for row in logps for logp in row)
 
 
 def test_where_answers_end(world):
@@ -631,7 +638,7 @@ def check_first_tokens(sample_group, world):
     image = torch.tensor(world.encoder.image_token_id)
     with torch.no_grad():
         for i, prompt in enumerate(prompts):
-            tokens = [ids[0] for ids in rollout.ids[i * n:(i + 1) * n]]
+            tokens = [ids[0] for ids in rollout.ids[i]]
             media = {} if prompt.pixels is None else {"pixel_values": prompt.pixels}
             logits = world.model(input_ids=torch.tensor([prompt.ids]), **media).logits[0, -1]
             logits = logits.double()
@@ -643,7 +650,7 @@ def check_first_tokens(sample_group, world):
             top = torch.where(right >= right.topk(10).values[-1], right, 0.0)
             drawn = torch.multinomial(top, n, True, generator=torch.Generator().manual_seed(11))
             assert chi_square(drawn.tolist(), right) > 6
-            assert chi_square([ids[0] for ids in rollout.ids[(i - 1) % B * n:][:n]], right) > 6
+            assert chi_square([ids[0] for ids in rollout.ids[i - 1]], right) > 6
 
 
 def test_first_tokens_follow_the_softmax(world):
@@ -657,7 +664,7 @@ def check_seed(sample_group, world):
                             torch.Generator().manual_seed(seed))
     assert run(1).ids == run(1).ids and run(1).logp == run(1).logp
     assert run(1).ids != run(2).ids
-    group = run(1).ids[:G]
+    group = run(1).ids[0]
     assert len(set(map(tuple, group))) == G  # the answers of one group are independent draws
 
 

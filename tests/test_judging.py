@@ -17,7 +17,7 @@ import common
 
 # ------------------------------------------------------------------------------ summing verdicts up
 def pred(row, order, verdict, sample=0):
-    return {"id": "x", "row": row, "order": order, "sample": sample, "pred": verdict,
+    return {"id": "x", "at": row, "order": order, "sample": sample, "pred": verdict,
             "text": thinks("A") if verdict else "?"}
 
 
@@ -146,7 +146,7 @@ def judge_with(say, rows, **more):
 
     def sample(model, encoder, prompts, votes, temperature, max_new_tokens, generator):
         calls.append((len(prompts), votes, temperature, generator.initial_seed()))
-        return SimpleNamespace(ids=[say(p, v) for p in prompts for v in range(votes)])
+        return SimpleNamespace(ids=[[say(p, v) for v in range(votes)] for p in prompts])
 
     def encoder(row, form):
         return common.render(row, form)
@@ -172,9 +172,9 @@ def test_judge_shows_both_orders(votes):
     kills: the swapped prompt not shown; pred in the shown frame; answers given to other rows."""
     rows = judged_rows()
     preds, calls = judge_with(reads, rows, votes=votes, batch_size=4)
-    places = [(p["row"], p["order"], p["sample"]) for p in preds]
+    places = [(p["at"], p["order"], p["sample"]) for p in preds]
     assert places == list(itertools.product(range(11), ("AB", "BA"), range(votes)))
-    assert all(p["pred"] == rows[p["row"]]["label"] and p["id"] == f"r{p['row']}" for p in preds)
+    assert all(p["pred"] == rows[p["at"]]["label"] and p["id"] == f"r{p['at']}" for p in preds)
     got = figures(common.summarize, preds, "accuracy", "order_flips", "share_a", rows=rows)
     assert got == (1, 0, 0.5)
     assert sum(c[0] for c in calls) == 22 and len({c[3] for c in calls}) == len(calls) == 6

@@ -20,6 +20,7 @@ from helpers import OTHER, RM_BENCH, picture, rows_of, write, write_video
 from PIL import Image
 
 import common
+import stage0_sft
 import stage2_caption_grpo as stage2
 import stage3_mm_grpo as stage3
 
@@ -70,7 +71,7 @@ def test_helpsteer3(encoder, tmp_path, preference):
         assert f"Response {bad}: Response {bad} is poor\n" in text
         assert f"Response {one} and Response {two} differ. Response {two} and Response {one} are " \
             in text and "dissent" not in text
-        assert text.endswith(f"Response {good} is better.") and common.can_swap(row)
+        assert text.endswith(f"Response {good} is better.") and stage0_sft.can_swap(row)
         assert common.swap(row)["rationale"].endswith(f"Response {bad} is better.")
 
 

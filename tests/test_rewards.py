@@ -11,6 +11,7 @@ import wrong_versions
 from helpers import rejects, thinks
 
 import common
+import stage0_sft
 import stage1_text_grpo as stage1
 
 
@@ -216,7 +217,7 @@ def test_r1_reward_is_the_papers(monkeypatch):
 
     def sample(model, encoder, prompts, *settings):
         side = prompts[0].split("Response ")[1][0]
-        return SimpleNamespace(ids=[replies[side]])
+        return SimpleNamespace(ids=[[replies[side]]])
     referee = common.referee_consistency("folder", sample, "cpu")
     assert [referee(text(side, "A")) for side in "ABCAB"] == [1, -1, 0, 1, -1]
     assert len(asked) == 3
@@ -234,13 +235,13 @@ def test_style_r1_says_1_and_2(encoder):
     # kills: an A taken for a verdict, 2 read as A, numbers changed, B's left behind
     text = ("<think>\nBoth responses A and B walk. Response B has 2 legs, answer A four. A dog.\n"
             "</think>\n<answer>\nB\n</answer>")
-    digits = common.in_style(text, "r1")
+    digits = stage0_sft.in_style(text, "r1")
     assert digits == ("<think>\nBoth responses 1 and 2 walk. Response 2 has 2 legs, answer 1 four. "
                       "A dog.\n</think>\n<answer>\n2\n</answer>")
     assert common.parse(common.as_ab(digits, "r1")).verdict == "B"
     assert common.parse(digits, "r1").verdict == "B"
     assert common.parse(digits).verdict is None and common.parse(text, "r1").verdict is None
-    assert common.in_style(text, "msrl") == common.as_ab(text, "msrl") == text
+    assert stage0_sft.in_style(text, "msrl") == common.as_ab(text, "msrl") == text
     assert common.rule_consistency(common.as_ab(digits, "r1")) == 0  # "has 2 legs" compares nothing
     row = {"task": "text", "prompt": "p?", "responses": ["uno", "due"], "media": [], "captions": []}
     shown = common.render(row, style="r1")

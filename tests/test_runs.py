@@ -7,6 +7,7 @@ wrong versions of the source under which a test was seen to fail.
 """
 
 import difflib
+import itertools
 import json
 import pickle
 import random
@@ -307,43 +308,54 @@ def test_stage0_resumes(world, tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------- copies
 STAGES = ("stage1_text_grpo.py", "stage2_caption_grpo.py", "stage3_mm_grpo.py")
-START, END = b"# --- same in stages 1, 2, 3 ", b"# --- end of what is same "
+START, END = b"# --- same in stages 1, 2, 3: ", b"# --- end of "
 
 
-def block(source):
-    """The bytes between the two marker lines, which each stage has once."""
-    assert source.count(START) == source.count(END) == 1, "each marker is to stand there once"
-    _, after = source.split(START)
-    return after.split(END)[0].partition(b"\n")[2]
+def blocks(source):
+    """The bytes between the marker lines: the equations, and how tokens get there."""
+    assert source.count(START) == source.count(END) == 2, "each marker is to stand there twice"
+    _, equations, tokens = source.split(START)
+    return [part.split(END)[0].partition(b"\n")[2] for part in (equations, tokens)]
 
 
 def test_copies_of_the_grpo_block_are_identical():
     # A correction in one stage only would be a bug in the others.
-    blocks = {name: block((ROOT / name).read_bytes()) for name in STAGES}
-    ours = blocks.pop(STAGES[0])
-    for name in (b"sample_group", b"advantages", b"packed_logps", b"grpo_loss", b"grpo_update"):
-        assert b"def " + name + b"(" in ours
-    assert len(ours.splitlines()) > 150
-    for name, copied in blocks.items():
-        pairs = enumerate(zip(ours.split(b"\n"), copied.split(b"\n"), strict=False), 1)
-        first = next((f"{n}: {b.decode()}" for n, (a, b) in pairs if a != b), "the length")
-        assert copied == ours, f"{name} differs from {STAGES[0]} in the block's line {first}"
+    ours, *others = [blocks((ROOT / name).read_bytes()) for name in STAGES]
+    for place, names in enumerate((("advantages", "grpo_loss", "per_token", "grpo_update"),
+                                   ("sample_group", "pack", "packed_logps", "describe"))):
+        for name in names:
+            assert f"def {name}(".encode() in ours[place]
+        assert len(ours[place].splitlines()) > 100
+        for stage, copies in zip(STAGES[1:], others, strict=True):
+            pairs = zip(ours[place].split(b"\n"), copies[place].split(b"\n"), strict=False)
+            first = [f"{n}: {b.decode()}" for n, (a, b) in enumerate(pairs, 1) if a != b]
+            assert copies[place] == ours[place], f"{stage} differs in line {first or 'the last'}"
+
+
+def test_equations_come_before_the_loop_and_tokens_after():
+    # A reader meets the four lines of the paper before the first cache.
+    for name in STAGES:
+        source = (ROOT / name).read_text()
+        order = ["def advantages(", "def grpo_loss(", "def grpo_update(", "def main(",
+                 "def sample_group(", "def pack("]
+        assert sorted(order, key=source.index) == order
 
 
 def test_what_differs_between_stages_fits_on_a_screen():
     # `diff stage1 stage2` is to be read as the paper's section.
-    one, *others = [(ROOT / name).read_text().splitlines() for name in STAGES]
-    for other in others:
-        changed = [x for x in difflib.ndiff(one, other) if x[0] in "+-"]
-        assert len(changed) <= 120, len(changed)
+    texts = [(ROOT / name).read_text().splitlines() for name in STAGES]
+    for one, other in itertools.pairwise(texts):
+        changed = [line for line in difflib.ndiff(one, other) if line[0] in "+-"]
+        assert len(changed) <= 100, len(changed)
 
 
 def test_the_comparison_of_copies_sees_a_byte():
     source = (ROOT / STAGES[0]).read_bytes()
-    assert block(source.replace(b"correction=0", b"correction=1", 1)) != block(source)
-    assert block(source.replace(b"stage 1", b"stage 2")) == block(source)  # not what stands outside
+    assert blocks(source.replace(b"correction=0", b"correction=1", 1)) != blocks(source)
+    assert blocks(source.replace(b"right after", b"just after", 1)) != blocks(source)
+    assert blocks(source.replace(b"stage 1", b"stage 2")) == blocks(source)  # what stands outside
     with pytest.raises(AssertionError):
-        block(source.replace(END, b"# ---"))
+        blocks(source.replace(END, b"# ---"))
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -455,7 +467,8 @@ def test_log_agrees_with_the_answers(world, unbroken, tmp_path, monkeypatch):
 
     def watched(model, encoder, *args):
         rollout = real(model, encoder, *args)
-        ended.append([ids[-1] in encoder.eos_ids for ids in rollout.ids])
+        group, = rollout.ids
+        ended.append([ids[-1] in encoder.eos_ids for ids in group])
         return rollout
     monkeypatch.setattr(stage1, "sample_group", watched)
     # this model never thinks, so let something else than <think> be the form

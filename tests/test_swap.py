@@ -15,6 +15,7 @@ import wrong_versions
 from helpers import OTHER, better, rejects, text_row
 
 import common
+import stage0_sft
 
 
 # ------------------------------------------------------------------------------------- the exchange
@@ -87,12 +88,12 @@ def test_can_swap():
     """kills: always True; True as soon as any side is named; "B" matched inside words."""
     for text in (None, "", "Response A beats Response B.", "Assistant B's plan; Image A; Video B.",
                  "A better one would say more. Bob is no B2.", "Chatbot A is a Big success."):
-        assert common.can_swap(text_row(rationale=text)), text
+        assert stage0_sft.can_swap(text_row(rationale=text)), text
     for text in ("B is better.", "Responses A and B are fine.", "I prefer B", "(B)",
                  "Response A loses, so B.", "I prefer A", "A's plan.", "A: good.",
                  "Answer B is named by Response A.", "Response A is worse than the second one.",
                  "Of Response A and Response B the latter."):
-        assert not common.can_swap(text_row(rationale=text)), text
+        assert not stage0_sft.can_swap(text_row(rationale=text)), text
 
 
 @pytest.mark.parametrize("text", ["I prefer response A.", "response A is right",
@@ -102,7 +103,7 @@ def test_a_side_in_lower_case_is_a_side(text):
     kills: matching "Response" with a capital only."""
     row = text_row(rationale=text)
     changed = re.sub(r"\bA\b", "B", text)
-    assert not common.can_swap(row) or common.swap(row)["rationale"] == changed
+    assert not stage0_sft.can_swap(row) or common.swap(row)["rationale"] == changed
 
 
 # --------------------------------------------------------------------------------- rows and batches
@@ -151,6 +152,6 @@ def test_what_cannot_be_swapped_is_not():
     """Only where the rationale is shown. kills: swapping without asking may_swap(); a policy that
     says A is always right on rows whose unused rationale cannot be swapped."""
     rows = [text_row(id=i, rationale="B is worse.") for i in range(10)]
-    shown = common.batch_of(rows, 0, 50, 3, common.can_swap)
+    shown = common.batch_of(rows, 0, 50, 3, stage0_sft.can_swap)
     assert {r["label"] for r in shown} == {"A"}
     assert 10 <= sum(r["label"] == "A" for r in common.batch_of(rows, 0, 50, 3)) <= 40

@@ -14,6 +14,7 @@ import toy_world
 from helpers import OTHER, PROGRAMS, UNDERSTANDING, VISUAL, lines, run_there, small_world
 
 import common
+import stage0_sft
 
 
 CLEAN = ("text_rl", "caption_rl", "mm_rl", *(f"heldout_{task}" for task in common.TASKS))
@@ -146,7 +147,7 @@ def test_annotators_have_the_stated_bias(world):
         right, wrong = truth(row), OTHER[truth(row)]
         flourish = dict(zip("AB", flourishes_of(row), strict=True))
         assert row["rationale"].endswith(f"Response {row['label']} is better .")
-        assert common.can_swap(row)
+        assert stage0_sft.can_swap(row)
         if flourish[wrong] and not flourish[right]:
             fell[flourish[wrong]].append(row["label"] == wrong)
         else:

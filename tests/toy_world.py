@@ -43,6 +43,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402  (it is on the path only now)
+from stage2b_cmkd import caption_text  # noqa: E402  (likewise)
 
 PREBUILT = ROOT / "tests" / "toy_backbone"
 
@@ -489,7 +490,7 @@ def lesson(rng, kind, phase):
             if how < 0.45:
                 row = make_row(rng, f"{kind}_generation", rng.random() < 0.4)
                 row |= {"media": ["", ""], "captions": [describe(s) for s in row["scenes"]]}
-                return f"<{kind}> <{kind}> caption", common.caption_text(row).strip(), row["scenes"]
+                return f"<{kind}> <{kind}> caption", caption_text(row).strip(), row["scenes"]
             return f"<{kind}> describe", describe(items), [items]
         # without any response in sight: with one, copying a response is a short cut
         key = rng.choice(list(items))

@@ -353,11 +353,13 @@ def sampler(heated=lambda logits, temperature: logits / temperature, allowed=all
                 logp = scored(logits, hot).log_softmax(-1)
                 chosen.append(logp.gather(1, token))
                 sequence = torch.cat([sequence.expand(group_size, -1), token], 1)
+            ids.append([])
+            logps.append([])
             new = sequence[:, len(prompt.ids):].tolist()
             for tokens, logp in zip(new, torch.cat(chosen, 1).tolist(), strict=True):
                 answer = cut(tokens, encoder.eos_ids)
-                ids.append(answer)
-                logps.append(logp[:len(answer)])
+                ids[-1].append(answer)
+                logps[-1].append(logp[:len(answer)])
         return SimpleNamespace(ids=ids, logp=logps)
     return sample_group
 
@@ -584,7 +586,7 @@ def evaluation(earned=points, counted=lambda orders: orders, compared=lambda bot
     def summarize(rows, preds):
         by_row = {}
         for pred in preds:
-            orders = by_row.setdefault(pred["row"], {})
+            orders = by_row.setdefault(pred["at"], {})
             orders.setdefault(pred["order"], []).append(pred["pred"])
         row_points, both, flips = [], 0, 0
         for place, orders in by_row.items():
