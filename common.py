@@ -1360,8 +1360,8 @@ def judge(model, encoder, rows, sample, form="pixels", votes=1, temperature=1.0,
     jobs.sort(key=lambda job: rows[job[0]]["tokens"])  # alike lengths together: less padding
     batches = [jobs[k:k + batch_size] for k in range(0, len(jobs), batch_size)]
     predictions = []
-    for k in tqdm(range(rank(), len(batches), world()), desc=desc, disable=rank() > 0, leave=False,
-                  mininterval=1):
+    for k in tqdm(range(rank(), len(batches), world()), desc=desc, leave=False, mininterval=1,
+                  disable=desc is None or rank() > 0):
         prompts = []
         for at, order in batches[k]:
             row = rows[at] if order == "AB" else swap(rows[at])
@@ -1371,8 +1371,8 @@ def judge(model, encoder, rows, sample, form="pixels", votes=1, temperature=1.0,
                          max_new_tokens, generator)
         for b, (at, order) in enumerate(batches[k]):
             for n, ids in enumerate(rollout.ids[b]):
-                text = as_ab(encoder.decode(ids), encoder.style)
-                side = parse(text).verdict  # as shown
+                text = encoder.decode(ids)
+                side = parse(text, encoder.style).verdict  # as shown
                 pred = OTHER[side] if side and order == "BA" else side
                 prediction = {"id": rows[at]["id"], "at": at, "order": order, "sample": n,
                               "pred": pred, "text": text}
@@ -1485,7 +1485,7 @@ def habits(judged, style="msrl"):
             "format": formed / max(1, len(predictions))}
 
 
-def summarize(rows, predictions):
+def summarize(rows, predictions, style="msrl"):
     """Predictions -> accuracy and its companions, as shares of 1, of the rows that have any.
 
     A row counts the mean over its orders. An unparsable verdict is wrong. The interval is Wilson's
@@ -1497,7 +1497,8 @@ def summarize(rows, predictions):
         if orders:
             earned.append(row_points(row["label"], orders))
     accuracy, n = sum(earned) / len(earned), len(earned)
-    return {"accuracy": accuracy, "interval": wilson(accuracy, n), "n": n, **habits(judged)}
+    return {"accuracy": accuracy, "interval": wilson(accuracy, n), "n": n,
+            **habits(judged, style)}
 
 
 def wilson(p, n, z=1.96):
@@ -1521,7 +1522,7 @@ def evaluate(model, encoder, rows, cfg, when, form, sample):
     the accuracy by task."""
     predictions = judge(model, encoder, rows, sample, form, batch_size=cfg.eval_batch,
                         max_new_tokens=cfg.max_new_tokens, desc=f"held-out, {when}")
-    summary, tasks = summarize(rows, predictions), {}
+    summary, tasks = summarize(rows, predictions, encoder.style), {}
     for task in TASKS:
         of_task = [p for p in predictions if rows[p["at"]]["task"] == task]
         if of_task:
@@ -1556,7 +1557,8 @@ def parse_config(cls, description, paper=None):
                             help="'paper' takes the paper's data and hyper-parameters")
         if parser.parse_known_args()[0].preset == "paper":
             parser.set_defaults(**paper)
-    cfg, *_, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    cfg, *_, unknown = parser.parse_args_into_dataclasses(
+        return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)} (see --help)")
     for name in AT_LEAST_1:

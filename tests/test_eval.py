@@ -223,11 +223,11 @@ def test_with_ties_finds_the_best_threshold():
     for n in (1, 2, 7, 30):
         rows = [{"label": rng.choice(["A", "B", "same"])} for _ in range(n)]
         margins = [rng.randrange(-4, 5) / 2 for _ in range(n)]
-        judged = [{"AB": [{"score_a": m, "score_b": 0.0}]} for m in margins]
+        scored = [{**r, "margin": m} for r, m in zip(rows, margins, strict=True)]
         slow = max(sum(r["label"] == ("same" if abs(m) <= t else "A" if m > 0 else "B")
                        for r, m in zip(rows, margins, strict=True)) / n
                    for t in [0, *map(abs, margins)])
-        assert ev.with_ties(rows, None, judged, range(n)) == slow
+        assert ev.with_ties(scored) == slow
 
 
 def test_rewardbench(run):
@@ -504,8 +504,11 @@ class Judge:
         if self.stop_after is not None and len(self.prompts) >= self.stop_after:
             raise KeyboardInterrupt
         self.prompts += prompts
-        texts = [self.say(p, k) for p in prompts for k in range(votes)]
-        return SimpleNamespace(ids=texts, logp=[[math.log(0.9)] * len(t) for t in texts])
+        texts, logps = [], []
+        for prompt in prompts:
+            texts.append([self.say(prompt, vote) for vote in range(votes)])
+            logps.append([[math.log(0.9)] * len(text) for text in texts[-1]])
+        return SimpleNamespace(ids=texts, logp=logps)
 
     def decode(self, ids):
         return ids
@@ -620,12 +623,12 @@ def test_a_killed_run_goes_on(run, monkeypatch):
     first = Judge(monkeypatch, say, stop_after=6)
     with pytest.raises(KeyboardInterrupt):
         run(*command)
-    written = Path("o.jsonl").read_text().splitlines()
-    assert len(first.prompts) == 6 and len(written) == 18
-    Path("o.jsonl").write_text("\n".join(written[:-1]) + "\n" + written[-1][:20])
+    written = Path("o.progress.jsonl").read_text().splitlines()  # how it is made, then the rows
+    assert len(first.prompts) == 6 and len(written) == 1 + 3 and not Path("o.jsonl").exists()
+    Path("o.progress.jsonl").write_text("\n".join(written[:-1]) + "\n" + written[-1][:20])
     second = Judge(monkeypatch, say)
     got = run(*command)
-    assert len(second.prompts) == 18 - 5 and not set(second.prompts) & set(first.prompts[:5])
+    assert len(second.prompts) == 18 - 4 and not set(second.prompts) & set(first.prompts[:4])
     assert len(Path("o.jsonl").read_text().splitlines()) == 54
     Judge(monkeypatch, say)
     whole = run(*command[:4], "--votes", 3, "--json")
@@ -634,6 +637,9 @@ def test_a_killed_run_goes_on(run, monkeypatch):
     assert run(*command) == got and not third.prompts
     with pytest.raises(SystemExit, match="style 'msrl' -> 'r1'"):
         run(*command, "--style", "r1")
+    Path("o.progress.jsonl").unlink()  # a file of somebody else's is not written over
+    with pytest.raises(SystemExit, match="o.jsonl exists, but no o.progress.jsonl"):
+        run(*command)
 
 
 def test_what_cannot_be_shown_is_wrong(run, monkeypatch):
@@ -659,7 +665,9 @@ def test_r1_style(run, monkeypatch):
     judge = Judge(monkeypatch, lambda prompt, vote: "<think>x</think><answer>" + (
         "1" if prompt.index("good") < prompt.index("bad\n") else "2") + "</answer>")
     data = write("rows.jsonl", [row(n) for n in range(4)])
-    assert run("--model", "m", "--data", data, "--style", "r1", "--json")["overall"] == 1
+    got = run("--model", "m", "--data", data, "--style", "r1", "--out", "o.jsonl", "--json")
+    assert got["overall"] == got["format"] == 1
+    assert {p["text"][-10:-9] for p in lines("o.jsonl")} == {"1", "2"}  # as it was written
     assert "[Response 2]:" in judge.prompts[0] and "Chatbot" not in judge.prompts[0]
     assert run("--model", "m", "--data", data, "--json")["overall"] == 0  # asked in the wrong style
     write("m/stage.json", {"config": {"style": "r1"}})
@@ -680,7 +688,7 @@ def test_the_soft_vote_is_the_probability_of_the_letter():
         logps = [-0.001 * (t + 1) for t in range(len(ids))]
         at = [t for t in range(len(ids)) if encoder.decode(ids[:t]).endswith("<answer>\n")][0]
         assert encoder.tokenizer.decode(ids[at:at + 1]).strip() == side
-        got = ev.answer_probability(encoder.decode(ids), ids, logps, encoder)
+        got = common.verdict_probability(encoder.decode(ids), ids, logps, encoder)
         assert got == pytest.approx(math.exp(logps[at]), rel=1e-6)
 
 
@@ -996,26 +1004,26 @@ def test_users_own_keys_are_nobodys_business(run):
 def test_mcnemar_is_exact_and_fast():
     # kills: a tail that leaves out its last term; 60 seconds for 16,000 rows
     n, first = 20_000, 9_900
-    rows = [{"weight": 1, "cluster": k, "row": k} for k in range(n)]
-    p = ev.compare(rows, [float(k < first) for k in range(n)],
-                   [float(k >= first) for k in range(n)])["mcnemar_p"]
+    def rows(points):
+        return [{"weight": 1, "cluster": k, "points": float(p)} for k, p in enumerate(points)]
+    one, other = rows(k < first for k in range(n)), rows(k >= first for k in range(n))
+    p = ev.compare(one, other)["mcnemar_p"]
     z = (n / 2 - first - 0.5) / math.sqrt(n / 4)  # the normal approximation
     assert p == pytest.approx(math.erfc(z / math.sqrt(2)), rel=1e-3)
-    few = ev.compare(rows[:5], [1, 1, 1, 1, 0], [0, 0, 0, 0, 1])["mcnemar_p"]
+    few = ev.compare(rows([1, 1, 1, 1, 0]), rows([0, 0, 0, 0, 1]))["mcnemar_p"]
     assert few == pytest.approx(2 * (1 + 5) / 32)
 
 
-def test_other_rows_under_the_same_name_are_judged_anew(tmp_path):
+def test_other_rows_under_the_same_name_are_judged_anew(run, monkeypatch):
     # kills: verdicts on rows that are no longer in the file, taken for verdicts on the new ones
-    data, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
-    args = SimpleNamespace(data=str(data), rank=None, model=[str(tmp_path)], votes=1)
-    data.write_text("one\n")
-    assert ev.opened(out, args) == []
-    out.write_text('{"id": "a"}\n')
-    assert ev.opened(out, args) == [{"id": "a"}]
-    data.write_text("another\n")
-    with pytest.raises(SystemExit, match="other settings"):
-        ev.opened(out, args)
+    Judge(monkeypatch, finds_good)
+    command = "--model", "m", "--data", "rows.jsonl", "--out", "o.jsonl", "--json"
+    write("rows.jsonl", [row(0)])
+    got = run(*command)
+    assert run(*command) == got
+    write("rows.jsonl", [row(0, prompt="Another one?")])
+    with pytest.raises(SystemExit, match="other settings or of other rows"):
+        run(*command)
 
 
 @pytest.mark.parametrize("scores, want", [(True, ["A", "same", "B"]), (False, ["A", "B"])])
