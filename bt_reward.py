@@ -764,7 +764,7 @@ examine the image carefully. Next assign weights to the criteria by their import
 sum to 1.0. Then compare each response with the image, the prompt and your reference answer. The \
 order in which the responses are presented is not related to their quality, and a longer response \
 is not necessarily better.
-End with a JSON list, one object a response: \
+End with a JSON list, one object per response: \
 [{{"weights": [6 numbers], "scores": [6 integers]}}, ...]
 
 ### User Prompt:

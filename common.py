@@ -324,7 +324,7 @@ tags. A tie is not permitted; you must choose a better option.
 <think>Your detailed comparative analysis</think><answer>1/2</answer>"""
 
 
-def render(row, form="pixels", style="msrl"):
+def render(row: Row, form="pixels", style="msrl") -> str:
     """Preference row -> prompt text. form "pixels" leaves `<image>` or `<video>` where the media
     go (Encoder fills them in); form "caption" writes the captions there instead (MSRL 4.2)."""
     response_a, response_b = row["responses"] or ("", "")
@@ -521,11 +521,11 @@ FORBIDDEN = ("<think>", "</think>", "<answer>", "</answer>", "<type>", "</type>"
              "[The Start of ", "[The End of ")
 
 
-def check_row(row, folder, forbidden=FORBIDDEN):
+def check_row(row, folder, forbidden=FORBIDDEN) -> Row:
     """Validate one preference row in place: media paths become absolute, absent optional keys get
     their empty value. Raises BadRow. `forbidden` also holds the tokenizer's special tokens."""
     if not isinstance(row, dict):
-        raise BadRow(f"is a JSON {type(row).__name__}, not an object; write one object a line")
+        raise BadRow(f"is a JSON {type(row).__name__}, not an object; write one object per line")
     missing = [key for key in ("id", "task", "prompt", "label") if key not in row]
     if missing:
         raise BadRow(f"has no {', '.join(map(repr, missing))}; see the row format in README.md")
@@ -581,7 +581,7 @@ def check_text(name, text, forbidden):
 SIDES_IN_RATIONALE = re.compile(r"\b((?i:Response|Assistant|Chatbot|Image|Video)) ([AB])\b")
 
 
-def swap(row):
+def swap(row: Row) -> Row:
     """The same row with its two candidates exchanged; label and rationale follow. In a rationale
     "Response A" and the like are exchanged; text that names the sides in no such way cannot be."""
     swapped = {**row, "label": OTHER[row["label"]]}
@@ -1059,7 +1059,7 @@ def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_
     return rows
 
 
-def hard_rows(rows, min_attempts):
+def hard_rows(rows: list[Row], min_attempts) -> list[Row]:
     """The rows for which a model needed at least so many attempts (R1-Reward 4.3: 2);
     eval.py --attempts writes how many it needed."""
     if not min_attempts:
@@ -1435,7 +1435,7 @@ def captioned(cfg, sample, device, max_new_tokens=300, batch_size=16):
     return str(path)
 
 
-def by_row(rows, predictions):
+def by_row(rows: list[Row], predictions: list[Prediction]):
     """-> for each row {order: its predictions}, {} where it has none."""
     judged = [{} for _ in rows]
     for prediction in predictions:
@@ -1485,7 +1485,7 @@ def habits(judged, style="msrl"):
             "format": formed / max(1, len(predictions))}
 
 
-def summarize(rows, predictions, style="msrl"):
+def summarize(rows: list[Row], predictions: list[Prediction], style="msrl"):
     """Predictions -> accuracy and its companions, as shares of 1, of the rows that have any.
 
     A row counts the mean over its orders. An unparsable verdict is wrong. The interval is Wilson's
