@@ -180,8 +180,9 @@ def score_group(model, encoder, prompts, answers):
     device = next(model.parameters()).device
     ids, positions, sees, _, _, owner, pixels = pack(prompts, answers, encoder.pad_id, device)
     media = {} if pixels is None else {"pixel_values": pixels}
+    masks = common.layer_masks(model, sees, positions)
     with common.autocast(device):
-        hidden = model.model(input_ids=ids, attention_mask=sees, position_ids=positions,
+        hidden = model.model(input_ids=ids, attention_mask=masks, position_ids=positions,
                              use_cache=False, **media).last_hidden_state               # [b, L, H]
     following = F.pad(owner[:, 1:], (0, 1), value=-1)  # the next token's answer       [b, S]
     last = (owner > 0) & (owner != following)

@@ -1159,19 +1159,21 @@ class Encoder:
 
     def _declared_eos_ids(self, folder, config):
         """Every declared end-of-sequence id ends an answer (InternVL declares two)."""
-        generation = transformers.GenerationConfig.from_model_config(config)
-        declared = generation.eos_token_id
-        if Path(folder, "generation_config.json").exists():
+        declared = transformers.GenerationConfig.from_model_config(config).eos_token_id
+        try:  # a folder's or a hub id's generation_config.json
             generation = transformers.GenerationConfig.from_pretrained(folder)
             declared = generation.eos_token_id or declared
+        except OSError:  # it has none
+            pass
         if not isinstance(declared, list):
             declared = [declared]
         return sorted({*declared, self.tokenizer.eos_token_id} - {None})
 
     def chat(self, text):
-        """Wrap a user text in the checkpoint's chat template, ready for the assistant's answer."""
+        """Wrap a user text in the checkpoint's chat template, ready for the assistant's answer. A
+        base model has none, but may need its beginning-of-sequence token (Gemma)."""
         if self.tokenizer.chat_template is None:
-            return text + "\n\n"
+            return (self.tokenizer.bos_token or "") + text + "\n\n"
         return self.tokenizer.apply_chat_template([{"role": "user", "content": text}],
                                                   tokenize=False, add_generation_prompt=True)
 
@@ -1283,6 +1285,7 @@ class RoomyLayer(DynamicLayer):
     come. Plain DynamicLayer concatenates, so every new token copies all tokens before it."""
 
     def update(self, keys, values, *args, **kwargs):
+        keys = keys.to(values.dtype)  # under autocast rotary positions leave them in fp32
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
             self.keys, self.values = keys[:, :, :0], values[:, :, :0]
@@ -1307,6 +1310,24 @@ def freeze_vision(model):
         part = getattr(getattr(model, "model", model), name, None)
         if part is not None:
             part.requires_grad_(False)
+
+
+def layer_masks(model, sees, positions):
+    """What a token may see [b, 1, L, L] and positions [b, L] -> attention mask for the model. A 4-D
+    mask is taken as it is, so that a layer with a sliding window (Gemma 3, Mistral) would lose its
+    window: it gets a mask of its own, in which what is `sliding_window` positions back is gone."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise SystemExit(f"{config.model_type}: layers of type {', '.join(sorted(kinds))} are not "
+                         "supported, only full and sliding-window attention.")
+    if window is None or kinds == {"full_attention"}:
+        return sees
+    near = positions[:, None, :, None] - positions[:, None, None, :] < window
+    if not kinds:  # all layers slide, and the model wants one mask
+        return sees & near
+    return {"full_attention": sees, "sliding_attention": sees & near}
 
 
 def autocast(device):

@@ -504,8 +504,9 @@ def packed_logps(model, encoder, prompts, answers, temperature):
     ids, positions, sees, source, target, owner, pixels = pack(prompts, answers, encoder.pad_id,
                                                                device)
     media = {} if pixels is None else {"pixel_values": pixels}
+    masks = common.layer_masks(model, sees, positions)
     with common.autocast(device):
-        logits = model(input_ids=ids, attention_mask=sees, position_ids=positions, use_cache=False,
+        logits = model(input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=False,
                        logits_to_keep=target.shape[1] + 1, **media).logits             # [b, 1+S, V]
     logits = scored_logits(logits, encoder, temperature)
     norm = logits.logsumexp(-1)                                                        # [b, 1+S]
