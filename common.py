@@ -349,15 +349,16 @@ def render(row: Row, form="pixels", style="msrl") -> str:
 @dataclass
 class Answer:
     verdict: str | None  # "A", "B", or None when no single verdict is stated
-    well_formed: bool    # <think>...</think> then <answer>A|B</answer>, each tag once, nothing else
+    well_formed: bool    # <think>...</think> then <answer>A|B</answer>, each tag once, a thought in
+                         # the first and nothing else
     captioned: bool      # well-formed, and <caption>...</caption> stands before it
     type: str | None     # what stands in <type>...</type>, normalised, None unless exactly one
 
 
-_WHOLE = re.compile(r"\s*(<caption>(?:(?!</?caption>).)+</caption>\s*)?<think>(.*)</think>\s*"
+_WHOLE = re.compile(r"\s*(?:<caption>((?:(?!</?caption>).)+)</caption>\s*)?<think>(.*)</think>\s*"
                     r"<answer>\s*[AB]\s*</answer>\s*", re.DOTALL)
 _VERDICT = re.compile(r"<answer>\s*([AB])\s*</answer>")
-_TYPE = re.compile(r"<type>([^<]*)</type>")
+_TYPE = re.compile(r"<think>\s*<type>([^<]*)</type>")  # only where the template puts it
 
 
 def as_ab(text, style):
@@ -379,6 +380,11 @@ def parse(text, style="msrl"):
     tags = ("<think>", "</think>", "<answer>", "</answer>")
     each_once = all(text.count(tag) == 1 for tag in tags)
     whole = _WHOLE.fullmatch(text) if each_once else None
+    well_formed, caption = False, None
+    if whole:  # an empty form must earn nothing
+        caption, thought = whole.groups()
+        thought = re.sub(r"<type>[^<]*</type>", "", thought)
+        well_formed = bool(thought.strip()) and (caption is None or bool(caption.strip()))
 
     verdict = None
     conclusion = text.rpartition("</think>")[2]  # a guess while thinking is no verdict
@@ -392,8 +398,8 @@ def parse(text, style="msrl"):
         named = _TYPE.search(text)
         if named:  # "Image_Understanding." and "image understanding" are the same
             task_type = " ".join(re.split(r"[\s_-]+", named[1].lower().strip(" .\n\t")))
-    return Answer(verdict=verdict, well_formed=whole is not None,
-                  captioned=whole is not None and bool(whole[1]), type=task_type)
+    return Answer(verdict=verdict, well_formed=well_formed,
+                  captioned=well_formed and caption is not None, type=task_type)
 
 
 # A reward function maps (answer text, row) to a float. A stage adds those it uses.
@@ -413,6 +419,9 @@ def accuracy_reward(text, row):
 
 
 def task_reward(text, row):
+    """Nothing for a text row: its template asks for no <type>."""
+    if row["task"] == "text":
+        return 0.0
     return 0.2 * (parse(text).type == row["task"].replace("_", " "))    # MSRL 4.2, r_task
 
 
@@ -674,13 +683,26 @@ def from_helpsteer3(r, where):
             f"Feedback:\nResponse A: {feedback['A']}\nResponse B: {feedback['B']}\n\n"
             f"Comparision:\n{_with_sides(surest['reasoning'], sides)}\n\n"
             f"Conclusion:\nResponse {row['label']} is better.")
+        # a side that is named in another way would contradict the label where the order is turned
+        if _NAMED_OTHERWISE.search(row["rationale"]):
+            row |= {"rationale": None, "unclear_rationale": True}
     yield row
 
 
+_NAMED_OTHERWISE = re.compile(
+    r"\b(?:first|second) (?:response|answer|one|assistant|option)\b|\b(?:former|latter)\b|"
+    r"\b(?:responses?|answers?|assistants?|prefer|choose|pick) #?[12]\b|[@#][12]\b|"
+    r"\b(?:better|worse|superior|inferior|preferable|preferred) (?:than|to|over) [12]\b",
+    re.IGNORECASE)
+
+
 def _with_sides(text, sides):
-    """"@Response 1", "Responses 1 and 2" -> "Response A" and the like, which swap() knows."""
-    text = re.sub(r"\b([Rr]esponse)s ([12])( and | or |/)([12])\b", r"\1 \2\3\1 \4", text or "")
-    return re.sub(r"@?\b[Rr]esponse ([12])\b", lambda m: f"Response {sides[m[1]]}", text)
+    """"@Response 1", "RESPONSE #2", "Responses 1 and 2" -> "Response A" and the like, which swap()
+    knows."""
+    text = re.sub(r"\b(response)s ([12])( and | or |/)([12])\b", r"\1 \2\3\1 \4", text or "",
+                  flags=re.IGNORECASE)
+    return re.sub(r"@?\bresponse #?([12])\b", lambda m: f"Response {sides[m[1]]}", text,
+                  flags=re.IGNORECASE)
 
 
 _GRAM = re.compile(

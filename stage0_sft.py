@@ -174,7 +174,9 @@ def main():
         if not with_rationale:
             raise SystemExit(f"{cfg.data}: no row has a 'rationale'; other rows, or --target label")
         if common.rank() == 0 and len(with_rationale) < len(rows):
-            print(f"{len(rows) - len(with_rationale)} rows without a rationale left out")
+            unclear = sum("unclear_rationale" in row for row in rows)
+            print(f"{len(rows) - len(with_rationale)} rows without a rationale left out, {unclear} "
+                  "of them because theirs names a response by its place")
         rows = with_rationale
     heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
 

@@ -88,6 +88,28 @@ def test_helpsteer3_ties_and_gaps(encoder, tmp_path):
     assert "sure 3" in rows[2]["rationale"] and "None" not in rows[2]["rationale"]
 
 
+@pytest.mark.parametrize("reasoning, kept", [
+    ("RESPONSE 1 is wordy, response #2 is not.", "Response {} is wordy, Response {} is not."),
+    ("Response #1 beats Response#2? Hardly.", None),
+    ("The first response is wordy.", None), ("The second one wins.", None),
+    ("It is better than 2.", None), ("#1 is wordy.", None), ("I prefer 1.", None),
+    ("The latter is wordy.", None),
+    ("First, it has 2 legs; second, it is short.", "First, it has 2 legs; second, it is short.")])
+def test_helpsteer3_sides_by_other_names(encoder, tmp_path, capsys, reasoning, kept):
+    """A rationale that names a side in a way that no swap knows would contradict its label when the
+    order is turned. kills: only "Response 1" renamed, the rest kept as it is."""
+    annotation = {"score": 2, "reasoning": reasoning, "feedback1": "f", "feedback2": "g"}
+    path = write(tmp_path / "train.jsonl",
+                 [helpsteer(2, individual_preference=[annotation])] * 8)
+    for row in common.load_rows(path, encoder):
+        if kept is None:
+            assert row["rationale"] is None and row["unclear_rationale"]
+        else:  # response 2 is the better one
+            sides = OTHER[row["label"]], row["label"]
+            assert kept.format(*sides) in row["rationale"]
+            assert f"Response {sides[0]} is better" in common.swap(row)["rationale"]
+
+
 def test_helpsteer3_context(encoder, tmp_path):
     """A list of one turn, of several, or a plain string. kills: only the last or the first turn."""
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"},

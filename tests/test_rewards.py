@@ -134,6 +134,42 @@ def test_a_nested_type_tag_is_none(text):
 
 
 # ------------------------------------------------------------------------------------------ rewards
+EXPLOITS = {  # name: an answer to a row whose label is A, that shows no judgement
+    "an empty form": "<caption> </caption><think></think><answer>A</answer>",
+    "a blank caption": "<caption>\n</caption><think>because</think><answer>A</answer>",
+    "a blank thought": "<think> \n</think><answer>A</answer>",
+    "a type in place of a thought": "<think><type>image understanding</type></think>"
+                                    "<answer>A</answer>",
+    "both verdicts": "<think>because</think><answer>A or B</answer>",
+    "all verdicts": "<think>because</think><answer>A or B or C</answer>",
+    "a second answer": "<think>because</think><answer>A</answer><answer>B</answer>",
+    "the same answer twice": "<think>because</think><answer>A</answer><answer>A</answer>",
+    "a verdict inside the thinking": "<think>because <answer>A</answer></think>",
+    "no end of thinking": "<think>because <answer>A</answer>",
+}
+
+
+@pytest.mark.parametrize("name", EXPLOITS)
+def test_exploits_earn_no_format(name):
+    """What a policy finds when the form can be had for nothing. kills: .* in place of a thought"""
+    row = {"task": "image_understanding", "label": "A", "media": ["0.png"]}
+    answer = EXPLOITS[name]
+    assert common.format_reward(answer, row) == common.caption_format_reward(answer, row) == 0
+    if "blank" not in name and name not in ("an empty form", "a type in place of a thought"):
+        assert common.accuracy_reward(answer, row) == 0
+
+
+@pytest.mark.parametrize("answer", [
+    "<type>image understanding</type><think>x</think><answer>A</answer>",
+    "<think>x</think><type>image understanding</type><answer>A</answer>",
+    "<think>x</think><answer>A</answer><type>image understanding</type>",
+    "<think>it is <type>image understanding</type></think><answer>A</answer>"])
+def test_a_type_counts_only_where_the_template_puts_it(answer):
+    """kills: the tag found anywhere"""
+    row = {"task": "image_understanding", "label": "A"}
+    assert common.task_reward(answer, row) == 0
+
+
 @pytest.mark.parametrize("task", common.TASKS)
 def test_rewards(task):
     """The three rewards are separate: each can be earned without the others.
@@ -152,6 +188,8 @@ def test_rewards(task):
             ("", (0, 0, 0))):
         got = (common.format_reward(text, row), common.accuracy_reward(text, row),
                common.task_reward(text, row))
+        if task == "text":  # whose template asks for no <type>
+            want = (*want[:2], 0)
         assert got == want, text
 
 
