@@ -209,7 +209,8 @@ def score_batch(model, encoder, rows):
 def train(cfg, device, out, rows=None):
     """Train on `rows`, or on those of --data; the checkpoint goes to the folder `out`."""
     state = common.open_run(out, cfg)
-    model, encoder = common.load(cfg.model, device, frames=cfg.frames, max_tiles=cfg.max_tiles)
+    model, encoder = common.load(cfg.model, device, made_by=Config.model, frames=cfg.frames,
+                                 max_tiles=cfg.max_tiles)
     settings = settings_of(asdict(cfg))
     torch.manual_seed(cfg.seed)
     add_head(model, settings)

@@ -1024,49 +1024,50 @@ def checked(raw, where, folder, encoder, form):
 
 def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_rows=False,
               exclude="", quiet=False) -> list[Row]:
-    """Comma-separated sources (`a.jsonl`, or `a.jsonl:500` for a sample of 500) -> list of checked
-    preference rows, each with the length of its encoded prompt under "tokens".
+    """Comma-separated sources -> list of checked preference rows, each with the length of its
+    encoded prompt under "tokens". A source is `a.jsonl`, or `a.jsonl:500` for a sample of 500, or
+    `a.jsonl:500@2000` for the 500 after the first 2,000 of the same shuffle, which `a.jsonl:2000`
+    takes: two stages that are to see different rows.
 
     A bad row (malformed, unknown label, unreadable image, forged tag...) stops the run with its
     file and line, unless skip_bad_rows; an over-long prompt is always skipped, never truncated,
     because a prompt cut in the middle is another question. Rows that also occur in the sources of
-    `exclude` (benchmarks) are left out. All three are counted and printed.
+    `exclude` (benchmarks) are left out. All three are counted and printed; the last two are among
+    the rows of a sample, so that samples of the same file never overlap.
     """
     quiet = quiet or rank() > 0
     excluded = fingerprints(exclude)
     bad, counts = Counter(), Counter()
 
-    def usable(source, shuffle):
-        """Yield the rows of one source, and count what is left out."""
+    def good_rows(source, shuffle):
+        """Yield the rows of one source that are not bad."""
         for where, raw in tqdm(raw_rows(source, shuffle), desc=f"reading {source}", unit=" rows",
                                disable=quiet, mininterval=1, leave=False):
             try:
-                candidates = list(checked(raw, where, Path(source).parent, encoder, form))
+                yield from list(checked(raw, where, Path(source).parent, encoder, form))
             except BadRow as e:
                 if not skip_bad_rows:
                     raise SystemExit(f"{where}: row {e}.\nMend it, or pass --skip_bad_rows to "
                                      "leave such rows out and count them.") from None
                 bad[str(e)[:60]] += 1
-                continue
-            for row in candidates:
-                if max_prompt_tokens and row["tokens"] > max_prompt_tokens:
-                    counts["too long"] += 1
-                elif excluded and fingerprint(row) in excluded:
-                    counts["excluded"] += 1
-                else:
-                    yield {**row, "source": row.get("source") or source}
 
     rows = []
     for source in sources.split(","):
-        sample = re.fullmatch(r"(.+):(\d+)", source)  # the same sample in every run
+        sample = re.fullmatch(r"(.+?):(\d+)(?:@(\d+))?", source)
         if sample is None:
-            rows += usable(source, shuffle=False)
-            continue
-        wanted = int(sample[2])
-        taken = list(islice(usable(sample[1], shuffle=True), wanted))
-        rows += taken
-        if len(taken) < wanted and not quiet:
-            print(f"{sample[1]} has {len(taken)} rows to give, not {wanted}")
+            taken = list(good_rows(source, shuffle=False))
+        else:  # the same in every run
+            source, wanted, offset = sample[1], int(sample[2]), int(sample[3] or 0)
+            taken = list(islice(good_rows(source, shuffle=True), offset, offset + wanted))
+            if len(taken) < wanted and not quiet:
+                print(f"{sample[0]}: only {len(taken)} rows to give")
+        for row in taken:
+            if max_prompt_tokens and row["tokens"] > max_prompt_tokens:
+                counts["too long"] += 1
+            elif excluded and fingerprint(row) in excluded:
+                counts["excluded"] += 1
+            else:
+                rows.append({**row, "source": row.get("source") or source})
     summary = f"{sources}: {len(rows)} rows"
     if bad:
         summary += f", {bad.total()} bad rows skipped {dict(bad.most_common(5))}"
@@ -1119,12 +1120,13 @@ def open_video(path, frames):
     """`frames` frames evenly spaced by index (all of a shorter video) from what PyAV decodes, or
     from a folder of images. -> list of PIL images. Raises BadRow. Decodes twice, because containers
     lie about their number of frames and all frames of a long video do not fit into memory."""
-    import av  # here, because text needs none
     if Path(path).is_dir():
         files = [file for file in Path(path).iterdir()
                  if file.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]
         files.sort(key=lambda file: (len(file.name), file.name))  # 2.png before 10.png
         return [open_image(files[i]) for i in spread(len(files), frames, path)]
+
+    import av  # here, because only video files need it
 
     def decode(container):
         for stream in container.streams.video[:1]:
@@ -1260,22 +1262,21 @@ def left_pad(prompts, pad_id, device):
 # ==================================================================================================
 # 5. Models and checkpoints. A checkpoint is a folder plain transformers loads, plus stage.json.
 
-def load(folder, device="cpu", made_by="toy/backbone", **encoder_args):
+def load(folder, device="cpu", made_by="", **encoder_args):
     """-> model (fp32 weights, eval mode) and its Encoder. Takes InternVLForConditionalGeneration
     or a text-only causal LM (stages 0 and 1), as a folder of plain save_pretrained or a hub id.
-    `made_by`: the folder that a script of this name makes by default, for the message if none is
-    there.
+    `made_by`: the default folder, whose name is that of the script that makes it, for the message
+    if there is no checkpoint.
 
     fp32 on purpose: a learning rate of 1e-6 on bf16 weights rounds away (the default dtype of
     transformers 5 is the file's, usually bf16). On a GPU, autocast computes in bf16.
     """
     folder = str(folder)
-    script = f"python {Path(made_by).name}.py"
-    if made_by == "toy/backbone":
-        script = "python tests/toy_world.py"
+    maker = {"": "", "toy/backbone": "; `python tests/toy_world.py` makes one"}.get(
+        str(made_by), f"; `python {Path(made_by).name}.py` makes one")
     local = Path(folder).exists() or folder.startswith((".", "/")) or folder.count("/") != 1
     if local and not Path(folder, "config.json").is_file():
-        raise SystemExit(f"{folder}: no checkpoint here (no config.json). `{script}` makes it.")
+        raise SystemExit(f"{folder}: no checkpoint here (no config.json){maker}.")
     try:
         config = AutoConfig.from_pretrained(folder)
         auto = transformers.AutoModelForCausalLM
@@ -1293,8 +1294,7 @@ def load(folder, device="cpu", made_by="toy/backbone", **encoder_args):
         reason = (str(e).strip() or "?").splitlines()[0]
         raise SystemExit(f"{folder}: cannot be loaded as a checkpoint ({type(e).__name__}: "
                          f"{reason}). It must hold model, tokenizer and, for a vision model, "
-                         "image processor, as save_pretrained writes them; "
-                         f"`{script}` makes one.") from e
+                         f"image processor, as save_pretrained writes them{maker}.") from e
     return model.to(device).eval(), encoder
 
 
@@ -1499,12 +1499,6 @@ def points(label, votes):
     return (label in named) / max(1, len(named))
 
 
-def row_points(label, orders, points=points):
-    """What a row earns: the mean over its orders. 0 without a prediction."""
-    earned = [points(label, [p["pred"] for p in votes]) for votes in orders.values()]
-    return sum(earned) / max(1, len(earned))
-
-
 def habits(judged, style="msrl"):
     """How a judge answers, whatever is right: by_row() -> shares of 1."""
     predictions, flips, named_twice = [], 0, 0
@@ -1538,7 +1532,8 @@ def summarize(rows: list[Row], predictions: list[Prediction], style="msrl"):
     earned = []
     for row, orders in zip(rows, judged, strict=True):
         if orders:
-            earned.append(row_points(row["label"], orders))
+            shares = [points(row["label"], [p["pred"] for p in votes]) for votes in orders.values()]
+            earned.append(sum(shares) / len(shares))
     accuracy, n = sum(earned) / len(earned), len(earned)
     return {"accuracy": accuracy, "interval": wilson(accuracy, n), "n": n,
             **habits(judged, style)}
@@ -1737,7 +1732,7 @@ def _permutation(n, seed, epoch):
 
 # The run folder. Whenever a run is killed, the same command goes on from what is there.
 
-MAY_CHANGE = ("out", "max_steps", "save_every", "eval_every", "eval_rows", "eval_batch",
+MAY_CHANGE = ("out", "lr", "max_steps", "save_every", "eval_every", "eval_rows", "eval_batch",
               "micro_batch", "log_rollouts_every", "skip_bad_rows")
 
 
@@ -1805,6 +1800,8 @@ def resume(state, model, optimizer):
         return 0, {}
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    for group in optimizer.param_groups:
+        group["lr"] = optimizer.defaults["lr"]  # --lr may have changed
     known = ("step", "model", "optimizer", "config")
     return state["step"], {name: value for name, value in state.items() if name not in known}
 
@@ -1812,8 +1809,9 @@ def resume(state, model, optimizer):
 def resumed(path, made_by, rows, work, chunk=256, desc=None):
     """One JSON value for each row, made `chunk` rows at a time: work(rows[at:at + chunk], at) is
     the list of theirs. What is done stays in `path`, so a killed run goes on there; it goes on at a
-    whole chunk, so work() may seed itself with `at`. A file that was made with other settings
-    (`made_by`, a dict) or of other rows is refused. -> the values of all rows."""
+    whole chunk, so work() may seed itself with `at` as long as chunks are equally large. A file
+    that was made with other settings (`made_by`, a dict) or of other rows is refused. -> the
+    values of all rows."""
     mark = json.loads(json.dumps({"made_by": made_by, "rows": _checksum(rows)}))
     found = whole_lines(path)
     if found and found[0] != mark:

@@ -834,9 +834,9 @@ def judge_rows(loaded, rows, args, out=None, orders=("AB", "BA")):
     what is judged is in a file beside it as soon as it is, and is not judged again."""
     rows = sorted(rows, key=lambda row: row["tokens"])  # alike lengths together: less padding
     reward_model = is_reward_model(args.model[0])
-    chunk = 16 * args.batch_size  # reward models make batches of their own
-    if not reward_model:  # one batch for every process
-        chunk = max(1, args.batch_size * common.world() // len(orders))
+    chunk = args.batch_size * common.world()  # whole batches for every process, also of two orders
+    if reward_model:
+        chunk = 16 * args.batch_size  # they make batches of their own
 
     def work(batch, at):
         if reward_model:

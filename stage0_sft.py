@@ -53,7 +53,7 @@ class Config:
     freeze_vision: bool = knob(True, "freeze vision tower and projector (paper: yes, text only)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
 
-    # looks at the held-out rows, and saved states
+    # evaluation on held-out rows, and saved states
     max_new_tokens: int = knob(112, "of the held-out answers")
     eval_batch: int = knob(128, "judgements decoded together")
     save_every: int = knob(100, "steps between saved states")
@@ -104,8 +104,8 @@ def collate(prompts, answers, pad_id, device):
 
 def finetune(model, encoder, rows, target, heldout, state, cfg, stage, may_swap, sample):
     """Epochs over `rows`, each row's answer being target(row), its order a coin if may_swap(row);
-    resumes from `state`; writes the checkpoint with held-out results before and after, whose
-    answers `sample` writes. Stage 2b trains with it, too."""
+    resumes from `state`; writes the checkpoint with held-out results before and after. `sample`
+    writes the held-out answers. Stage 2b trains with it, too."""
     device = next(model.parameters()).device
     if cfg.freeze_vision:
         common.freeze_vision(model)
@@ -165,7 +165,7 @@ def main():
     cfg = common.parse_config(Config, __doc__, PAPER)
     device = common.start_processes(cfg.batch_size)
     state = common.open_run(cfg.out, cfg)
-    model, encoder = common.load(cfg.model, device, style=cfg.style)
+    model, encoder = common.load(cfg.model, device, made_by=Config.model, style=cfg.style)
 
     limits = cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows
     rows = common.load_rows(cfg.data, encoder, *limits)

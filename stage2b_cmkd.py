@@ -67,7 +67,7 @@ class Config:
     freeze_vision: bool = knob(False, "freeze vision tower and projector (paper: no)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
 
-    # looks at the held-out rows, and saved states
+    # evaluation on held-out rows, and saved states
     eval_batch: int = knob(128, "judgements decoded together")
     save_every: int = knob(100, "steps between saved states")
 
@@ -136,7 +136,7 @@ def distilled(rows, samples):
         right += label == row["label"]  # for information only
         kept.append({**row, "label": label, "confidence": sample["confidences"][best],
                      "rationale": text.partition("<think>")[2].partition("</think>")[0].strip()})
-    return kept, {**counts, "pseudo-label accuracy": right / max(len(kept), 1)}
+    return kept, {**counts, "pseudo-label accuracy": round(right / max(len(kept), 1), 4)}
 
 
 def caption_text(row):
@@ -166,9 +166,11 @@ def main():
                          "templates only.")
     model, encoder = common.load(cfg.model, device, made_by=Config.model, frames=cfg.frames,
                                  max_tiles=cfg.max_tiles)
-    # both forms are checked now, not after hours of sampling: the student's, then the teacher's
+    # What can fail comes before hours of sampling. The student's form is checked here; of the
+    # teacher's only that there are captions.
     limits = cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows
     loaded = common.load_rows(cfg.data, encoder, *limits, cfg.exclude)
+    heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
     rows = [row for row in loaded if row["captions"] or not row["media"]]
     if not rows:
         raise SystemExit(f"{cfg.data}: no row has captions; --captioner of stage 2 makes them.")
@@ -184,9 +186,8 @@ def main():
     for row in rows:
         row["media"] = [str(Path(path).resolve()) for path in row["media"]]
     if common.rank() == 0:
-        print("distilled: " + ", ".join(f"{name} {n:.4g}" for name, n in report.items()))
+        print("distilled: " + ", ".join(f"{name} {count}" for name, count in report.items()))
         common.write_lines(Path(cfg.out, "cmkd.jsonl"), rows)
-    heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
     finetune(model, encoder, rows, target_text, heldout, state, cfg, STAGE,
              may_swap=lambda row: False,  # o* is what the teacher wrote about this order
              sample=sample_group)

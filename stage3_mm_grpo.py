@@ -13,7 +13,7 @@ One step, for B prompts with G answers each:
     log-probs [prompt | answer 1 | ... | answer G] as one sequence                   packed_logps
     loss      PPO clip on the pre-clipped ratio + beta * KL to the start Eq. 3       grpo_loss
 
-The file goes from the equations over the loop to how tokens get there.
+The file goes from the equations over the loop to sampling, packing and scoring of tokens.
 
 Shapes: B prompts, G answers each, N = B*G, T tokens, P prompt length, C answer length, V
 vocabulary, S = the lengths of one prompt's G answers added up; `b` is B within a micro-batch.
@@ -108,7 +108,7 @@ class Config:
                                "from 2 on; its script: in 1 and 2")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
 
-    # looks at the held-out rows, and logs
+    # evaluation on held-out rows, and logs
     eval_every: int = knob(20, "steps between looks at the held-out rows; 0 = only at the end")
     eval_rows: int = knob(100, "about as many rows in those looks; the first and last take all")
     eval_batch: int = knob(128, "judgements decoded together")
@@ -184,7 +184,7 @@ def grpo_update(model, ref, encoder, optimizer, prompts, answers, advantage, kee
     """updates_per_rollout optimiser steps on B prompts, their answers [B][G], advantages and keep
     [B, G]. Processes and micro-batches share one normaliser, so neither changes the gradient.
     `sampled` [B][G]: the answers' log-probs when sampled, only to log how far ours differ.
-    -> {name: mean over answer tokens, or sum for the loss}."""
+    -> the figures of the last update: means over answer tokens; the loss is a sum."""
     lengths = torch.tensor([[len(answer) for answer in group] for group in answers]).double()
     weight = keep.double()              # 'token': the mean over all tokens              # [B, G]
     if cfg.normaliser == "sequence":
@@ -214,7 +214,7 @@ def grpo_update(model, ref, encoder, optimizer, prompts, answers, advantage, kee
             stats |= {"entropy": entropy, "tokens": torch.ones_like(entropy)}
             if sampled is not None:  # cache against packed forward: rounding, or a bug
                 stats["sampling/sampling_logp_difference/mean"] = (
-                    old[at] - in_places(sampled[part], owner)).abs()
+                    old[at] - token_values(sampled[part], owner)).abs()
             for name, value in stats.items():
                 totals[name] += value[owner > 0].double().sum().item()
         norm = common.optimizer_step(optimizer, common.trainable(model), cfg.max_grad_norm)
@@ -256,10 +256,11 @@ def main():
     rows = common.load_rows(cfg.data, encoder, *limits, exclude=cfg.exclude)
     rows = common.hard_rows(rows, cfg.min_attempts)
     heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
-    looks = heldout[::max(1, len(heldout) // cfg.eval_rows)]  # spread over all tasks
-    start, kept = common.resume(state, model, optimizer)
+    heldout_subset = heldout[::max(1, len(heldout) // cfg.eval_rows)]  # spread over all tasks
+    start, saved = common.resume(state, model, optimizer)
     if state is None and heldout:
-        kept["before"] = common.evaluate(model, encoder, heldout, cfg, "before", FORM, sample_group)
+        saved["before"] = common.evaluate(model, encoder, heldout, cfg, "before", FORM,
+                                          sample_group)
     del state
     functions = dict(REWARDS)
     if cfg.style == "r1":
@@ -280,12 +281,12 @@ def main():
         generator = torch.Generator(device).manual_seed(
             (cfg.seed * 1_000_003 + step) * 1009 + common.rank())
         rollout = roll_out(model, encoder, prompts, cfg, generator)                    # [B][G]
-        sampled = time.time()
+        sampling_ended = time.time()
 
         # 2. rewards: the tokens we train on are the sampled ones, text is for the judge only
         texts = [[common.as_ab(encoder.decode(ids), cfg.style) for ids in group]
                  for group in rollout.ids]                                             # [B][G]
-        scores = score_answers(texts, batch, functions)                                # {: [B, G]}
+        scores = score_answers(texts, batch, functions)                        # {name: [B, G]}
         weights = SCHEMES[cfg.reward]
         rewards = sum(weights.get(name, 0.0) * values for name, values in scores.items())
 
@@ -297,16 +298,23 @@ def main():
         metrics = grpo_update(model, ref, encoder, optimizer, prompts, rollout.ids, advantage, keep,
                               cfg, rollout.logp)
 
-        # 5. log, save, look at the held-out rows
+        difference = metrics["sampling/sampling_logp_difference/mean"]
+        if step == start and difference > 0.1:  # rounding is below 1e-3 in fp32
+            raise SystemExit(f"sampling and training differ by {difference:.2g} nats per token in "
+                             f"the first step: {cfg.model} is not computed alike in both. Nothing "
+                             "was saved; report the model's architecture.")
+
+        # 5. log, save, evaluate on held-out rows
         metrics |= describe(rollout, texts, scores, every_reward, keep, encoder)
         seconds = time.time() - began
-        metrics |= {"step_time": seconds, "sample_time": sampled - began,
+        metrics |= {"step_time": seconds, "sample_time": sampling_ended - began,
                     "tokens_per_second": metrics["num_tokens"] / seconds,
                     "peak_memory_gb": common.peak_memory_gb()}
         done = step + 1
         if cfg.eval_every and heldout and done % cfg.eval_every == 0 and done < cfg.max_steps:
-            look = common.evaluate(model, encoder, looks, cfg, f"step {done}", FORM, sample_group)
-            metrics["eval_accuracy"] = look["accuracy"]
+            result = common.evaluate(model, encoder, heldout_subset, cfg, f"step {done}", FORM,
+                                     sample_group)
+            metrics["eval_accuracy"] = result["accuracy"]
         if common.rank() == 0:
             common.append(Path(cfg.out, "metrics.jsonl"), {"step": done, **metrics})
             if cfg.log_rollouts_every and step % cfg.log_rollouts_every == 0:
@@ -316,7 +324,7 @@ def main():
                     "rewards": {name: values[0].tolist() for name, values in scores.items()},
                     "advantages": advantage[0].tolist(), "kept": keep[0].tolist()})
             if done % cfg.save_every == 0 or done == cfg.max_steps:
-                common.save_state(cfg.out, model, optimizer, done, cfg, **kept)
+                common.save_state(cfg.out, model, optimizer, done, cfg, **saved)
         bar.set_postfix(reward=f"{metrics['reward']:.3g}", kl=f"{metrics.get('kl', 0):.3g}",
                         acc=f"{metrics['rewards/accuracy/mean']:.3g}", refresh=False)
 
@@ -327,7 +335,7 @@ def main():
     if common.rank() == 0:
         common.save_checkpoint(cfg.out, model, encoder, stage=STAGE, parent=cfg.model,
                                step=max(start, cfg.max_steps), config=asdict(cfg),
-                               heldout={"before": kept.get("before"), "after": after})
+                               heldout={"before": saved.get("before"), "after": after})
         print(f"wrote {cfg.out}/")
     common.end_processes()
 
@@ -424,7 +432,7 @@ def pack(prompts, answers, pad_id, device):
 
     A token sees itself and what is before it in the prompt and in its own answer, no other answer.
     -> ids, positions [b, L], attention mask [b, 1, L, L], source [b, S] counted from the prompt's
-    last token, target ids [b, S] and owner [b, S]; L = P + S."""
+    last token, target ids [b, S], owner [b, S] and pixels; L = P + S."""
     ids, mask, pixels = common.left_pad(prompts, pad_id, device)                       # [b, P]
     b, width = ids.shape
     longest = max(sum(len(answer) for answer in group) for group in answers)
@@ -470,7 +478,7 @@ def packed_logps(model, encoder, prompts, answers, temperature):
     return logp, entropy.gather(1, source), owner
 
 
-def in_places(values, owner):
+def token_values(values, owner):
     """[b][G] lists, one number per token -> [b, S], each at the place of its token, 0 on padding"""
     flat = [value for group in values for answer in group for value in answer]
     places = torch.zeros(owner.shape, device=owner.device)

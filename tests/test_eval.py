@@ -620,11 +620,11 @@ def test_a_killed_run_goes_on(run, monkeypatch):
 
     def say(prompt, vote):
         return thinks("A" if vote else "B")
-    first = Judge(monkeypatch, say, stop_after=6)
+    first = Judge(monkeypatch, say, stop_after=8)
     with pytest.raises(KeyboardInterrupt):
         run(*command)
     written = Path("o.progress.jsonl").read_text().splitlines()  # how it is made, then the rows
-    assert len(first.prompts) == 6 and len(written) == 1 + 3 and not Path("o.jsonl").exists()
+    assert len(first.prompts) == 8 and len(written) == 1 + 4 and not Path("o.jsonl").exists()
     Path("o.progress.jsonl").write_text("\n".join(written[:-1]) + "\n" + written[-1][:20])
     second = Judge(monkeypatch, say)
     got = run(*command)
@@ -640,6 +640,22 @@ def test_a_killed_run_goes_on(run, monkeypatch):
     Path("o.progress.jsonl").unlink()  # a file of somebody else's is not written over
     with pytest.raises(SystemExit, match="o.jsonl exists, but no o.progress.jsonl"):
         run(*command)
+
+
+def test_an_odd_batch_draws_the_same_answers_with_a_file(run):
+    """kills: chunks of half a batch, whose seeds repeat"""
+    data = write("rows.jsonl", [row(n, prompt="ann red disc . colour of ann ?") for n in range(4)])
+    command = ["--model", toy_world.PREBUILT, "--data", data, "--votes", 2, "--json",
+               "--max_new_tokens", 20, "--batch_size", 3]
+    run(*command, "--out", "o.jsonl")
+    texts = [p["text"] for p in lines("o.jsonl")]
+    run(*command[:-1], 3, "--out", "same.jsonl")
+    assert texts == [p["text"] for p in lines("same.jsonl")]
+    model, encoder = common.load(toy_world.PREBUILT)
+    rows = common.load_rows(data, encoder, quiet=True)
+    whole = common.judge(model, encoder, rows, ev.sample_group, votes=2, max_new_tokens=20,
+                         batch_size=3)
+    assert texts == [p["text"] for p in whole]
 
 
 def test_what_cannot_be_shown_is_wrong(run, monkeypatch):

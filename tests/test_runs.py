@@ -188,6 +188,33 @@ def test_killed_twice_equals_unbroken(world, unbroken, tmp_path, capsys):
     assert not (out / "state.pt.tmp").exists()
 
 
+def test_a_smaller_rate_after_a_resume(world, tmp_path):
+    # What the message about a broken gradient advises. kills: lr among the settings that must
+    # agree, the old rate back from the optimizer's state
+    rates, step = [], torch.optim.AdamW.step
+
+    def watched(self, *args):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", watched)
+        run_here(stage1.main, stage1_flags(world, tmp_path / "run", max_steps=2, lr=1e-3))
+        run_here(stage1.main, stage1_flags(world, tmp_path / "run", max_steps=4, lr=1e-4))
+    assert rates == [1e-3, 1e-3, 1e-4, 1e-4]
+
+
+def test_a_model_that_samples_otherwise_than_it_trains_is_stopped(world, tmp_path, monkeypatch):
+    # kills: training on log-probs that are nats off, as with a window that the mask overrides
+    real = stage1.packed_logps
+
+    def off(*args):
+        logp, *rest = real(*args)
+        return logp - 4.6, *rest
+    monkeypatch.setattr(stage1, "packed_logps", off)
+    with pytest.raises(SystemExit, match="differ by 4.6 nats"):
+        run_here(stage1.main, stage1_flags(world, tmp_path / "run"))
+
+
 def test_stopping_early_and_going_on_equals_unbroken(world, unbroken, tmp_path):
     # --max_steps may grow: 2 steps, then 4. kills: max_steps among the settings that must agree
     out = tmp_path / "run"
@@ -252,7 +279,7 @@ def test_half_a_state_beside_a_good_one_is_ignored(world, unbroken, tmp_path):
     assert same_weights(out, unbroken) and not (out / "state.pt.tmp").exists()
 
 
-@pytest.mark.parametrize("more, complaint", [({"lr": 2e-3}, "lr 0.001 -> 0.002"),
+@pytest.mark.parametrize("more, complaint", [({"beta": 0.1}, "beta 0.04 -> 0.1"),
                                              ({"beta": 0.0}, "beta 0.04 -> 0.0"),
                                              ({"seed": 1}, "seed 0 -> 1")])
 def test_other_settings_are_refused(world, unbroken, more, complaint):

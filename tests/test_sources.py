@@ -109,7 +109,7 @@ def test_a_sample_is_drawn_from_the_whole_file(here, encoder, capsys):
     for row, number in zip(rows, numbers, strict=True):
         assert row["id"].endswith(f"/{number + 1}")
     common.load_rows("x.parquet:4000", encoder)
-    assert "x.parquet has 3000 rows to give, not 4000" in capsys.readouterr().out
+    assert "x.parquet:4000: only 3000 rows to give" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------- videos
