@@ -140,7 +140,8 @@ class Config:
 # and 3 together, at 1e-5 and 128
 PAPER = dict(model="OpenGVLab/InternVL3_5-8B-HF", heldout="", epochs=1, batch_size=128, lr=1e-5,
              data=common.TABLE_5.format(13000, 5000, 5219, 6666, 5000, 4595), micro_batch=1,
-             max_prompt_tokens=8192, judge_tokens=2048, gradient_checkpointing=True)
+             max_prompt_tokens=8192, judge_tokens=2048, gradient_checkpointing=True,
+             skip_bad_rows=True)
 
 
 # ------------------------------------------------------------------------------------------- model

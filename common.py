@@ -928,6 +928,13 @@ def raw_rows(source, shuffle=False, config=None, split=None):
                          "`python tests/toy_world.py` makes toy rows.") from e
 
 
+def check_sources(*sources):
+    """Stop now, and not after hours, if one of these comma-separated sources is not there."""
+    for source in ",".join(sources).split(","):
+        if source:
+            next(raw_rows(re.sub(r":\d+(@\d+)?$", "", source)), None)
+
+
 def dataset_rows(source, shuffle, config, split):
     """-> (index, row) of a .parquet file or a hub id, images as bytes."""
     import datasets  # here, because it takes a second to import
@@ -1262,6 +1269,17 @@ def left_pad(prompts, pad_id, device):
 # ==================================================================================================
 # 5. Models and checkpoints. A checkpoint is a folder plain transformers loads, plus stage.json.
 
+def check_checkpoint(folder, made_by=""):
+    """Stop if there is no checkpoint. -> the words for a message that say what makes one."""
+    maker = {"": "", "toy/backbone": "; `python tests/toy_world.py` makes one"}.get(
+        str(made_by), f"; `python {Path(made_by).name}.py` makes one")
+    folder = str(folder)
+    local = Path(folder).exists() or folder.startswith((".", "/")) or folder.count("/") != 1
+    if local and not Path(folder, "config.json").is_file():
+        raise SystemExit(f"{folder}: no checkpoint here (no config.json){maker}.")
+    return maker
+
+
 def load(folder, device="cpu", made_by="", **encoder_args):
     """-> model (fp32 weights, eval mode) and its Encoder. Takes InternVLForConditionalGeneration
     or a text-only causal LM (stages 0 and 1), as a folder of plain save_pretrained or a hub id.
@@ -1271,12 +1289,7 @@ def load(folder, device="cpu", made_by="", **encoder_args):
     fp32 on purpose: a learning rate of 1e-6 on bf16 weights rounds away (the default dtype of
     transformers 5 is the file's, usually bf16). On a GPU, autocast computes in bf16.
     """
-    folder = str(folder)
-    maker = {"": "", "toy/backbone": "; `python tests/toy_world.py` makes one"}.get(
-        str(made_by), f"; `python {Path(made_by).name}.py` makes one")
-    local = Path(folder).exists() or folder.startswith((".", "/")) or folder.count("/") != 1
-    if local and not Path(folder, "config.json").is_file():
-        raise SystemExit(f"{folder}: no checkpoint here (no config.json){maker}.")
+    maker = check_checkpoint(folder, made_by)
     try:
         config = AutoConfig.from_pretrained(folder)
         auto = transformers.AutoModelForCausalLM
@@ -1593,14 +1606,16 @@ def parse_config(cls, description, paper=None):
     if paper is not None:
         parser.add_argument("--preset", choices=["toy", "paper"], default="toy",
                             help="'paper' takes the paper's data and hyper-parameters")
-        if parser.parse_known_args()[0].preset == "paper":
-            parser.set_defaults(**paper)
+        known, _ = parser.parse_known_args()
+        if known.preset == "paper":
+            parser.set_defaults(**(paper(known) if callable(paper) else paper))
     cfg, *_, unknown = parser.parse_args_into_dataclasses(
         return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)} (see --help)")
     for name in AT_LEAST_1:
-        if getattr(cfg, name, 1) < 1:
+        value = getattr(cfg, name, None)
+        if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1")
     if hasattr(cfg, "check"):
         try:

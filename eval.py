@@ -1266,7 +1266,8 @@ class Config:
     attempts: int = knob(0, "write --data to --out with the number of sampled answers until one is "
                          "right, K + 1 if none of K is (R1-Reward: 3)", metavar="K")
     temperature: float = knob(1.0, "of the K sampled answers")
-    max_new_tokens: int = knob(160, "paper: 1024")
+    max_new_tokens: int | None = knob(None, "default: what the judge was trained with, by its "
+                                      "stage.json, else 1024 (paper)")
     batch_size: int = knob(64, "prompts decoded together")
     seed: int = knob(0, "of the sampled answers and of --rounds")
 
@@ -1313,8 +1314,7 @@ def main():
         check_writable(path)
     if args.table:
         return table(args)
-    if args.style is None:
-        args.style = common.trained_style(args.model[0]) if args.model else "msrl"
+    args = as_trained(args)
     if args.rank:
         return rank_candidates(args)
     device = common.start_processes()
@@ -1332,6 +1332,15 @@ def main():
     if common.rank() == 0:
         finish(args, rows, files)
     common.end_processes()
+
+
+def as_trained(args):
+    """-> the settings; style and longest answer, if not given, are those the judge was trained
+    with."""
+    config = common.stage_of(args.model[0]).get("config", {}) if args.model else {}
+    style = args.style or config.get("style", "msrl")
+    tokens = args.max_new_tokens or config.get("max_new_tokens", 1024)
+    return replace(args, style=style, max_new_tokens=tokens)
 
 
 def finish(args, rows, files):
@@ -1380,8 +1389,7 @@ def table(args):
         if not Path(folder, "config.json").is_file():
             print(f"{folder}: no checkpoint, left out", file=sys.stderr)
             continue
-        style = args.style or common.trained_style(folder)
-        judge = replace(args, model=[folder], style=style)
+        judge = as_trained(replace(args, model=[folder]))
         loaded = load_judge(judge.model, judge, device)
         text_only = loaded[0][1].image_token_id is None and args.form == "pixels"
         cells = []

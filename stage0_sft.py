@@ -44,8 +44,12 @@ class Config:
     style: Literal["msrl", "r1"] = knob("msrl", "prompt and answer: 'msrl' (A/B, Figures 4-7) or "
                                         "'r1' (1/2, R1-Reward's Table 1; no generation rows)")
     form: Literal["pixels", "caption"] = knob("pixels", "'caption': captions in place of media")
+    frames: int = knob(8, "frames per video, evenly spaced")
+    max_tiles: int = knob(12, "tiles per image; fewer save memory")
     max_prompt_tokens: int = knob(2048, "longer prompts are skipped and counted, never cut")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
+    exclude: str = knob("", "benchmark files; training rows that are in them too are left out "
+                        "(the paper's S1 is built from VL-RewardBench's sources)")
 
     # optimiser
     micro_batch: int = knob(32, "rows per forward; changes memory, not the gradient")
@@ -54,14 +58,23 @@ class Config:
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
 
     # evaluation on held-out rows, and saved states
-    max_new_tokens: int = knob(112, "of the held-out answers")
+    max_new_tokens: int = knob(112, "of the held-out answers; targets with more are counted")
     eval_batch: int = knob(128, "judgements decoded together")
     save_every: int = knob(100, "steps between saved states")
 
 
 PAPER = dict(model="OpenGVLab/InternVL3_5-8B-HF", data="nvidia/HelpSteer3", heldout="", lr=1e-5,
              batch_size=128, micro_batch=1, max_prompt_tokens=4096, max_new_tokens=1024,
-             gradient_checkpointing=True)
+             gradient_checkpointing=True, skip_bad_rows=True)
+# The generative baseline (A.2): one epoch over all labelled multimodal rows, those of stages 2 and
+# 3 together, with pixels and a vision tower that learns
+PAPER_LABEL = dict(data=common.TABLE_5.format(13000, 5000, 5219, 6666, 5000, 4595), epochs=1,
+                   freeze_vision=False, max_prompt_tokens=8192)
+
+
+def paper(args):
+    """What --preset paper takes, which depends on --target."""
+    return PAPER | (PAPER_LABEL if args.target == "label" else {})
 
 
 def answer_nll(model, ids, mask, labels, pixels):
@@ -111,6 +124,7 @@ def finetune(model, encoder, rows, target, heldout, state, cfg, stage, may_swap,
         common.freeze_vision(model)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    warn_of_long_targets(rows, target, encoder, cfg)
     optimizer = common.make_optimizer(model, cfg.lr)
     steps = max(1, cfg.epochs * len(rows) // cfg.batch_size)
     warmup = max(1, round(0.03 * steps))
@@ -161,14 +175,26 @@ def finetune(model, encoder, rows, target, heldout, state, cfg, stage, may_swap,
         print(f"wrote {cfg.out}/")
 
 
+def warn_of_long_targets(rows, target, encoder, cfg):
+    """Answers that are taught but longer than what is sampled later would all be cut."""
+    long = 0
+    for row in rows:
+        long += len(encoder.answer_ids(target(row))) > cfg.max_new_tokens
+    if long and common.rank() == 0:
+        print(f"{long} of {len(rows)} targets have more than --max_new_tokens "
+              f"{cfg.max_new_tokens} tokens: an answer as long as they are is cut when it is "
+              "sampled with this budget, and so earns nothing in the stages to come")
+
+
 def main():
-    cfg = common.parse_config(Config, __doc__, PAPER)
+    cfg = common.parse_config(Config, __doc__, paper)
     device = common.start_processes(cfg.batch_size)
     state = common.open_run(cfg.out, cfg)
-    model, encoder = common.load(cfg.model, device, made_by=Config.model, style=cfg.style)
+    model, encoder = common.load(cfg.model, device, made_by=Config.model, style=cfg.style,
+                                 frames=cfg.frames, max_tiles=cfg.max_tiles)
 
     limits = cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows
-    rows = common.load_rows(cfg.data, encoder, *limits)
+    rows = common.load_rows(cfg.data, encoder, *limits, cfg.exclude)
     if cfg.target == "rationale":
         with_rationale = [row for row in rows if row.get("rationale")]
         if not with_rationale:

@@ -72,7 +72,8 @@ class Config:
 
     # sampling
     temperature: float = knob(1.0, "of sampling and of the scored distribution; no top-p or top-k")
-    max_new_tokens: int = knob(112, "answers are cut here and count as truncated (paper: 512)")
+    max_new_tokens: int = knob(112, "answers are cut here and count as truncated. The paper names "
+                               "none; its framework's default is 512, its script has 1024")
     rollout_batch: int = knob(64, "prompts sampled together on one process, for memory; other "
                               "chunks draw other answers")
 
@@ -120,8 +121,9 @@ class Config:
 
 PAPER = dict(data="wangclnlp/GRAM-RR-TrainingData:400000", heldout="",
              batch_size=16, micro_batch=1,
-             rollout_batch=2, lr=1e-6, temperature=0.9, max_new_tokens=512, max_steps=25_000,
-             max_prompt_tokens=4096, gradient_checkpointing=True, save_every=200)
+             rollout_batch=2, lr=1e-6, temperature=0.9, max_new_tokens=1024, max_steps=25_000,
+             max_prompt_tokens=4096, gradient_checkpointing=True, save_every=200,
+             skip_bad_rows=True)
 
 
 # --- same in stages 1, 2, 3: the equations --------------------------------------------------------

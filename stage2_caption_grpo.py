@@ -81,7 +81,8 @@ class Config:
 
     # sampling
     temperature: float = knob(1.0, "of sampling and of the scored distribution; no top-p or top-k")
-    max_new_tokens: int = knob(128, "answers are cut here and count as truncated (paper: 512)")
+    max_new_tokens: int = knob(128, "answers are cut here and count as truncated. The paper names "
+                               "none; its framework's default is 512, its script has 1024")
     rollout_batch: int = knob(64, "prompts sampled together on one process, for memory; other "
                               "chunks draw other answers")
 
@@ -132,8 +133,9 @@ PAPER = dict(data=common.TABLE_5.format(5000, 2500, 2580, 4323, 2500, 2539), hel
              captioner="OpenGVLab/InternVL3_5-8B-HF", caption_prompt="Describe this in detail.",
              replay="wangclnlp/GRAM-RR-TrainingData:4000", replay_candidates=4000,
              batch_size=24, micro_batch=1,  # 20 + 4: of 16, no 5:1 can be made
-             rollout_batch=2, lr=1e-6, temperature=0.9, max_new_tokens=512, max_steps=972,
-             max_prompt_tokens=4096, gradient_checkpointing=True, save_every=200)
+             rollout_batch=2, lr=1e-6, temperature=0.9, max_new_tokens=1024, max_steps=972,
+             max_prompt_tokens=4096, gradient_checkpointing=True, save_every=200,
+             skip_bad_rows=True)
 
 
 # --- same in stages 1, 2, 3: the equations --------------------------------------------------------
@@ -252,6 +254,11 @@ def main():
     state = common.open_run(cfg.out, cfg)
 
     # ------------------------------------------------------------------------------ model and data
+    data = cfg.data
+    if cfg.captioner:  # hours, and a model that is gone before the policy comes
+        common.check_checkpoint(cfg.model, Config.model)
+        common.check_sources(cfg.heldout, cfg.replay if n_replay(cfg) else "")
+        data = common.captioned(cfg, sample_group, device)
     model, encoder = common.load(cfg.model, device, made_by=Config.model, style=cfg.style)
     ref = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None
     if cfg.freeze_vision:
@@ -260,9 +267,7 @@ def main():
         model.gradient_checkpointing_enable()
     optimizer = common.make_optimizer(model, cfg.lr)
     limits = FORM, cfg.max_prompt_tokens, cfg.skip_bad_rows
-    # what can fail comes before the captioner's hours; at 1:0 there is nothing to replay
     texts = n_replay(cfg) and common.load_rows(cfg.replay, encoder, *limits, exclude=cfg.exclude)
-    data = common.captioned(cfg, sample_group, device) if cfg.captioner else cfg.data
     rows = common.load_rows(data, encoder, *limits, exclude=cfg.exclude)
     rows = common.hard_rows(rows, cfg.min_attempts)
     heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []

@@ -74,7 +74,8 @@ class Config:
 
 PAPER = dict(data="runs/stage2_caption_grpo/captioned.jsonl", heldout="", lr=2e-6,
              batch_size=128, micro_batch=1, epochs=1,
-             max_prompt_tokens=8192, max_new_tokens=1024, gradient_checkpointing=True)
+             max_prompt_tokens=8192, max_new_tokens=1024, gradient_checkpointing=True,
+             skip_bad_rows=True)
 
 
 def select(texts, confidences):

@@ -672,6 +672,23 @@ def test_what_cannot_be_shown_is_wrong(run, monkeypatch):
     assert (got["overall"], got["n"], got["missing"]) == (1 / 3, 3, 2)
 
 
+def test_answers_may_be_as_long_as_in_training(run, monkeypatch):
+    """kills: 160 tokens for a judge that was taught to write 2,048"""
+    judge = Judge(monkeypatch, finds_good)
+    budgets, sample = [], judge.sample
+
+    def watched(*args):
+        budgets.append(args[5])
+        return sample(*args)
+    monkeypatch.setattr(ev, "sample_group", watched)
+    command = ["--model", "m", "--data", write("rows.jsonl", [row(0)])]
+    run(*command, "--json")
+    write("m/stage.json", {"config": {"max_new_tokens": 77}})
+    run(*command, "--json")
+    run(*command, "--max_new_tokens", 5, "--json")
+    assert budgets == [1024, 77, 5]
+
+
 def test_r1_style(run, monkeypatch):
     """Digits, strictly. kills: letters read as digits; 2 read as A; A/B prompts; MSRL's parser."""
     for text, side in (("1", "A"), (" 2\n", "B"), ("A", None), ("12", None), ("3", None)):

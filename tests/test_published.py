@@ -19,9 +19,12 @@ import pytest
 from helpers import OTHER, RM_BENCH, picture, rows_of, write, write_video
 from PIL import Image
 
+import bt_reward
 import common
 import stage0_sft
+import stage1_text_grpo as stage1
 import stage2_caption_grpo as stage2
+import stage2b_cmkd as cmkd
 import stage3_mm_grpo as stage3
 
 pytestmark = pytest.mark.usefixtures("here")  # media_cache/ is made in the working directory
@@ -419,9 +422,45 @@ def test_the_words_round_a_placeholder_stay_apart():
 
 
 # ------------------------------------------------------------------------------- the paper's tables
+def counts_of(paper):
+    """-> {source: (rows, rows left out before them)}"""
+    counts = {}
+    for source in paper["data"].split(","):
+        name, _, sample = source.rpartition(":")
+        count, _, offset = sample.partition("@")
+        counts[name] = int(count), int(offset or 0)
+    return counts
+
+
 def test_table_5():
     # The counts of MSRL Table 5. kills: a digit
     for paper, want in ((stage2.PAPER, [5000, 2500, 2580, 4323, 2500, 2539]),
                         (stage3.PAPER, [8000, 2500, 2639, 2343, 2500, 2056])):
-        counts = [int(s.rpartition(":")[2]) for s in paper["data"].split(",")]
+        counts = [count for count, _ in counts_of(paper).values()]
         assert counts == want and sum(counts) in (19442, 20038)
+
+
+def test_stages_2_and_3_share_no_row_and_the_baselines_see_all(tmp_path):
+    # kills: two prefixes of the same shuffle (85 % of stage 3's rows were stage 2's), baselines
+    # that see other rows than the two stages together
+    second, third = counts_of(stage2.PAPER), counts_of(stage3.PAPER)
+    labels = stage0_sft.paper(stage0_sft.Config(target="label"))
+    assert labels["data"] == bt_reward.PAPER["data"] != stage0_sft.PAPER["data"]
+    for name, (count, offset) in counts_of(bt_reward.PAPER).items():
+        assert second[name][1] == offset == 0 and third[name][1] == second[name][0]
+        assert count == second[name][0] + third[name][0]
+
+
+def test_the_generative_baseline_is_the_papers():
+    # A.2: one epoch, multimodal rows, 1e-5, 128; a vision tower that learns. kills: SFT's 3 epochs
+    # on HelpSteer3 with a frozen tower
+    paper = stage0_sft.paper(stage0_sft.Config(target="label"))
+    assert (paper["epochs"], paper["lr"], paper["batch_size"]) == (1, 1e-5, 128)
+    assert paper["freeze_vision"] is False
+    assert stage0_sft.paper(stage0_sft.Config()) == stage0_sft.PAPER
+
+
+def test_budgets_fit_what_the_stage_before_teaches():
+    # kills: 512 tokens in stage 3 for what 2b teaches with up to 1,024 and two captions
+    budget = [stage.PAPER["max_new_tokens"] for stage in (stage0_sft, stage1, stage2, cmkd)]
+    assert budget == sorted(budget) and stage3.PAPER["max_new_tokens"] >= budget[-1] + 600

@@ -283,7 +283,8 @@ def test_half_a_state_beside_a_good_one_is_ignored(world, unbroken, tmp_path):
                                              ({"beta": 0.0}, "beta 0.04 -> 0.0"),
                                              ({"seed": 1}, "seed 0 -> 1")])
 def test_other_settings_are_refused(world, unbroken, more, complaint):
-    # Half a run of each would be a run of neither. kills: settings not compared, lr in MAY_CHANGE
+    # Half a run of each would be a run of neither. kills: settings not compared, one of them in
+    # MAY_CHANGE
     before = {p.name: p.read_bytes() for p in unbroken.iterdir()}
     with pytest.raises(SystemExit) as stopped:
         run_here(stage1.main, stage1_flags(world, unbroken, max_steps=6, **more))

@@ -29,6 +29,23 @@ def test_long_prompts_are_skipped_and_counted(encoder, tmp_path, capsys):
     assert re.search(rf"\b2 skipped: .*over {limit} tokens", capsys.readouterr().out)
 
 
+def test_samples_of_one_file_never_overlap(encoder, tmp_path):
+    """`file:20` and `file:30@20` are the two parts of one shuffle, whatever each leaves out as too
+    long or excluded. kills: two prefixes; an offset among the rows that are short enough"""
+    rows = [text_row(id=i, prompt="x" * (9 if i % 3 else 99)) for i in range(50)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    exclude = write(tmp_path / "benchmark.jsonl", [text_row(id="b", prompt="y")])
+    limit = len(encoder(common.check_row(text_row(prompt="x" * 50), tmp_path)).ids)
+
+    def ids(sample, **more):
+        return [row["id"] for row in common.load_rows(f"{path}:{sample}", encoder, **more)]
+    first, second = ids("20"), ids("30@20")
+    assert sorted(map(int, first + second)) == list(range(50))
+    short = ids("20", max_prompt_tokens=limit, exclude=exclude)
+    assert 0 < len(short) < 20 and set(short) <= set(first)
+    assert set(ids("30@20", max_prompt_tokens=limit)) <= set(second)
+
+
 def test_sample_of_a_file(encoder, tmp_path):
     """`file:N` is N rows, the same in each run, from all over the file; files can be joined.
     kills: the first N; an unseeded sample; a sample of everything read so far."""

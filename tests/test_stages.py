@@ -17,6 +17,7 @@ from helpers import (
     torchrun, weights_of)
 
 import common
+import stage0_sft
 import stage2_caption_grpo as stage2
 import stage2b_cmkd as cmkd
 import stage3_mm_grpo as stage3
@@ -175,6 +176,17 @@ def test_sampling_goes_on_where_it_was_killed(world, loaded, tmp_path, monkeypat
     (teacher / "stage.json").write_text("{}")  # trained anew in the same folder
     with pytest.raises(SystemExit, match="temperature 1.0 -> 0.5|checkpoint .* -> "):
         cmkd.distill(*loaded, rows[:2], cfg)
+
+
+def test_targets_above_the_budget_are_counted(loaded, capsys):
+    # kills: what is taught but never to be sampled goes unnoticed
+    texts = {"short": "right .", "long": "right . " * 40}
+    cfg = stage0_sft.Config(max_new_tokens=30)
+    rows = [{"id": name} for name in ("long", "short", "long")]
+    stage0_sft.warn_of_long_targets(rows, lambda row: texts[row["id"]], loaded[1], cfg)
+    assert "2 of 3 targets" in capsys.readouterr().out
+    stage0_sft.warn_of_long_targets(rows[1:2], lambda row: texts[row["id"]], loaded[1], cfg)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_target_is_the_caption_then_the_rationale():

@@ -737,6 +737,8 @@ def main():
         start = time.time()
         write_world(out, args.seed)
         shutil.copytree(PREBUILT, out / "backbone", dirs_exist_ok=True)
+        budget = {"stage": "toy_world", "config": {"max_new_tokens": 160}}  # for eval.py
+        (out / "backbone" / "stage.json").write_text(json.dumps(budget) + "\n")
         print(f"wrote {out}/ in {time.time() - start:.0f} s: backbone/ and "
               f"{', '.join(sorted(p.name for p in out.glob('*.jsonl')))}")
 
