@@ -312,14 +312,18 @@ def effective_n(rows):
 
 def compare(first, second):
     """Two judges' scored rows, paired, because both judged the same rows. -> the difference first -
-    second, its 95 % interval from the spread of the questions' differences, and McNemar's exact p
-    (a sign test over the rows that one of the two judged better)."""
-    rows, first_better, second_better = [], 0, 0
+    second, its 95 % interval from the spread of the questions' differences, and the exact p of a
+    sign test over questions: of those on which one judge has more points than the other, half are
+    the first's if the two are equal. With one row a question this is McNemar's test; rows that
+    share a question are right or wrong together, and counted singly they would be no coins."""
+    rows = []
     for a, b in zip(first, second, strict=True):
         if a["weight"] > 0:
             rows.append({**a, "difference": a["points"] - b["points"]})
-            first_better += a["points"] > b["points"]
-            second_better += a["points"] < b["points"]
+    first_better = second_better = 0
+    for more_points in question_totals(rows, [row["difference"] for row in rows]):
+        first_better += more_points > 1e-9  # 0.1 + 0.2 - 0.3 is not 0
+        second_better += more_points < -1e-9
     difference = mean(rows, "difference")
     deviations = [row["difference"] - difference for row in rows]
     totals = question_totals(rows, deviations)
@@ -333,7 +337,7 @@ def compare(first, second):
         tail += ways
     return {"difference": difference, "interval": [difference - half, difference + half],
             "first_better": first_better, "second_better": second_better, "n": len(rows),
-            "questions": n, "mcnemar_p": min(1.0, 2 * tail / 2 ** unequal)}
+            "questions": n, "sign_test_p": min(1.0, 2 * tail / 2 ** unequal)}
 
 
 # ------------------------------------------------------------------------ more votes, more correct?
@@ -408,12 +412,14 @@ def all_right(prompt):
 
 
 def with_ties(rows):
-    """VideoGen-RewardBench's 3-class accuracy: verdicts A, B, same as they are; scores with the
-    best of all thresholds below which a difference is a tie ("Ties Matter", algorithm 1)."""
+    """VideoGen-RewardBench's 3-class accuracy: scores with the best of all thresholds below which a
+    difference is a tie ("Ties Matter", algorithm 1), and a row without a score is wrong; if no row
+    has one, verdicts A, B, same as they are."""
+    with_scores = [row for row in rows if row["margin"] is not None]
+    if not with_scores:
+        return average([row["points"] for row in rows])
     right, gain = 0, Counter()  # gain: |difference| -> right rows won if it becomes a tie
-    for row in rows:
-        if row["margin"] is None:
-            return average([row["points"] for row in rows])
+    for row in with_scores:
         right_without = row["label"] == (larger(row["margin"], 0) or "same")
         right += right_without
         gain[abs(row["margin"])] += (row["label"] == "same") - right_without
@@ -1348,9 +1354,9 @@ def finish(args, rows, files):
         first, second = results.values()
         result = {**compare(*judges), "first": first, "second": second}
         low, high = result["interval"]
-        print(f"first - second: {result['difference']:+.1%} [{low:+.1%}, {high:+.1%}]; rows that "
-              f"the first judges better {result['first_better']}, the second "
-              f"{result['second_better']}; McNemar p {result['mcnemar_p']:.3g}")
+        print(f"first - second: {result['difference']:+.1%} [{low:+.1%}, {high:+.1%}]; "
+              f"questions that the first judges better {result['first_better']}, the second "
+              f"{result['second_better']}; sign test over questions p {result['sign_test_p']:.3g}")
     if args.report:
         write_report(args, results, judges[0])
     if args.json:

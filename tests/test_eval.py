@@ -230,6 +230,22 @@ def test_with_ties_finds_the_best_threshold():
         assert ev.with_ties(scored) == slow
 
 
+def test_a_missing_score_costs_its_row_only(run):
+    """kills: one row without a score taking the thresholds from all others; that row left out."""
+    rows = [videogen(overall) for overall in ("A", "B", "same", "A", "same")]
+    with open("videogen-rewardbench.csv", "w", newline="") as f:
+        out = csv.DictWriter(f, rows[0])
+        out.writeheader()
+        out.writerows(rows)
+    margins = [2, -3, 0.5, None, -0.1]  # a threshold between 0.5 and 2 has all four right
+    preds = [{"id": str(n), "score_a": margin, "score_b": 0}
+             for n, margin in enumerate(margins) if margin is not None]
+    got = scored(run, "videogen_rewardbench", ".", preds)
+    assert got["groups"]["with ties"] == 4 / 5 and got["group_n"]["with ties"] == 5
+    preds.append({"id": "3", "pred": "A"})  # a verdict is no score: thresholds do not apply to it
+    assert scored(run, "videogen_rewardbench", ".", preds)["groups"]["with ties"] == 4 / 5
+
+
 def test_rewardbench(run):
     """The official sum: a section is sum(accuracy * published count) / sum(count), math-prm 984.
     kills: rows pooled; math-prm weighted 447; sections weighted by size."""
@@ -431,8 +447,8 @@ def test_the_interval_covers(kind):
 
 
 def test_paired_comparison(run):
-    """McNemar's exact p and the paired interval by hand. kills: the one-sided p; an interval as of
-    two independent samples; second - first."""
+    """One row a question: McNemar's exact p, and the paired interval, by hand. kills: the one-sided
+    p; an interval as of two independent samples; second - first."""
     rows = [row(n) for n in range(40)]
     first = [{"id": r["id"], "pred": r["label"] if n >= 4 else OTHER[r["label"]]}
              for n, r in enumerate(rows)]
@@ -445,10 +461,51 @@ def test_paired_comparison(run):
     d = [1] * 8 + [-1] * 3 + [0] * 29
     mean = sum(d) / 40
     half = 1.96 * math.sqrt(sum((x - mean) ** 2 for x in d) / 39 / 40)
-    assert got["mcnemar_p"] == pytest.approx(p) and got["difference"] == pytest.approx(5 / 40)
+    assert got["sign_test_p"] == pytest.approx(p) and got["difference"] == pytest.approx(5 / 40)
     assert got["interval"] == pytest.approx([mean - half, mean + half])
     assert (got["first_better"], got["second_better"]) == (8, 3)
     assert got["first"]["overall"] == 36 / 40 and got["second"]["overall"] == 31 / 40
+
+
+def test_equal_judges_of_nine_cell_questions():
+    """Each judge has a good or a bad day with a whole question, so its nine cells say one thing.
+    A true null: p < 0.05 in about one of 20 trials. kills: McNemar's test over rows, which takes
+    nine cells for nine witnesses."""
+    rng, trials, questions = random.Random(7), 300, 40
+    over_questions = over_rows = 0
+    for _ in range(trials):
+        judges = []
+        for _ in range(2):
+            rows = []
+            for question in range(questions):
+                chance = rng.choice([0.95, 0.25])
+                for _ in range(9):
+                    rows.append({"weight": 1 / 360, "cluster": question,
+                                 "points": float(rng.random() < chance)})
+            judges.append(rows)
+        over_questions += ev.compare(*judges)["sign_test_p"] < 0.05
+        over_rows += mcnemar_over_rows(*judges) < 0.05
+    assert 0.01 <= over_questions / trials <= 0.08  # exact, so it keeps a little below 0.05
+    assert over_rows / trials > 0.3
+
+
+def mcnemar_over_rows(first, second):
+    """The wrong version: its p from the rows that one of the judges has right alone."""
+    better = [a["points"] > b["points"] for a, b in zip(first, second, strict=True)
+              if a["points"] != b["points"]]
+    fewer, n = min(sum(better), len(better) - sum(better)), len(better)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2 ** n)
+
+
+def test_the_sign_test_weighs_rows_and_sees_equal_totals():
+    """kills: rows counted without their weights; equal totals that rounding parts."""
+    def judge(*points):
+        weights = [0.1, 0.2, 0.3, 3, 1, 1]
+        return [{"weight": w, "cluster": k // 3, "points": p}
+                for k, (w, p) in enumerate(zip(weights, points, strict=True))]
+    got = ev.compare(judge(1, 1, 0, 1, 0, 0), judge(0, 0, 1, 0, 1, 1))
+    assert (got["first_better"], got["second_better"], got["questions"]) == (1, 0, 2)
+    assert got["sign_test_p"] == 1
 
 
 @pytest.mark.parametrize("preds, complaint", [
@@ -1001,16 +1058,16 @@ def test_users_own_keys_are_nobodys_business(run):
             scored(run, "rows", write("rows.jsonl", rows), [{"id": "0", **bad}])
 
 
-def test_mcnemar_is_exact_and_fast():
+def test_the_sign_test_is_exact_and_fast():
     # kills: a tail that leaves out its last term; 60 seconds for 16,000 rows
     n, first = 20_000, 9_900
     def rows(points):
         return [{"weight": 1, "cluster": k, "points": float(p)} for k, p in enumerate(points)]
     one, other = rows(k < first for k in range(n)), rows(k >= first for k in range(n))
-    p = ev.compare(one, other)["mcnemar_p"]
+    p = ev.compare(one, other)["sign_test_p"]
     z = (n / 2 - first - 0.5) / math.sqrt(n / 4)  # the normal approximation
     assert p == pytest.approx(math.erfc(z / math.sqrt(2)), rel=1e-3)
-    few = ev.compare(rows([1, 1, 1, 1, 0]), rows([0, 0, 0, 0, 1]))["mcnemar_p"]
+    few = ev.compare(rows([1, 1, 1, 1, 0]), rows([0, 0, 0, 0, 1]))["sign_test_p"]
     assert few == pytest.approx(2 * (1 + 5) / 32)
 
 
