@@ -535,6 +535,66 @@ def test_bad_benchmark_rows_are_named(run, benchmark, data, complaint):
         scored(run, benchmark, write("data.json", data), [{"id": "a", "pred": "A"}])
 
 
+# ---------------------------------------------------------- benchmarks kept out of the training rows
+def test_multimodal_rewardbench_is_kept_out(encoder):
+    """kills: its columns unknown to --exclude; its image needed for its texts."""
+    train = [row(k, responses=["good", "bad"], prompt=prompt, label="A")
+             for k, prompt in enumerate(["What?", "What else?"])]
+    bench = write("all_data.json", [multimodal("nocaps_1", "vqa", 2) | {"Image": None}])
+    got = common.load_rows(write("train.jsonl", train), encoder, exclude=bench, quiet=True)
+    assert [r["prompt"] for r in got] == ["What else?"]
+
+
+def colour_files(folder, **colours):
+    for name, colour in colours.items():
+        path = Path(folder, f"{name}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), colour).save(path)
+
+
+def generation_row(k, prompt, *media):
+    return {"id": f"g{k}", "task": "image_generation", "prompt": prompt, "media": list(media),
+            "label": "A"}
+
+
+@pytest.mark.parametrize("bench", ["rows", "published"])
+def test_generation_rows_are_kept_out(bench, encoder):
+    """The same two pictures under other paths, in the other order. kills: generation rows without
+    a fingerprint; told by their paths; by the question alone; by the pictures alone."""
+    colour_files("train", a="red", b="blue", c="green")
+    colour_files("bench/images", x="blue", y="red", a="white", b="black")
+    train = [generation_row(0, "A thing.", "a.png", "b.png"),
+             generation_row(1, "A thing.", "a.png", "c.png"),
+             generation_row(2, "Another.", "a.png", "b.png"),
+             generation_row(3, "a THING", "b.png", "a.png")]
+    pair = ["images/x.png", "images/y.png"]
+    rows = [generation_row(9, "a thing", *pair)]
+    if bench == "published":
+        rows = [{"prompt": "a thing", "left_image": pair[0], "right_image": pair[1],
+                 "vote_type": "rightvote"}]
+    got = common.load_rows(write("train/rows.jsonl", train), encoder, quiet=True,
+                           exclude=write("bench/rows.jsonl", rows))
+    assert [r["id"] for r in got] == ["g1", "g2"]
+    # the names are those of other pictures
+    rows = [generation_row(9, "a thing", "images/a.png", "images/b.png")]
+    got = common.load_rows("train/rows.jsonl", encoder, quiet=True,
+                           exclude=write("bench/rows.jsonl", rows))
+    assert len(got) == 4
+
+
+def test_media_that_are_not_here_are_told_by_their_names():
+    """kills: URLs compared whole; a folder of frames told by its name."""
+    one = {"prompt": "A thing.", "media": ["videos/l.mp4", "videos/r.mp4"]}
+    bench = write("b.jsonl", [{"prompt": "a thing", "left_video": "https://host/x/r.mp4",
+                               "right_video": "https://host/x/l.mp4", "vote_type": "leftvote"}])
+    assert common.fingerprint(one) in common.fingerprints(bench)
+    colour_files("v/one", f0="red", f1="blue")
+    colour_files("w/two", f0="red", f1="blue")
+    colour_files("w/three", f0="red", f1="red")
+    digests = [common.medium_digest(Path(folder)) for folder in ("v/one", "w/two", "w/three")]
+    assert digests[0] == digests[1] != digests[2]
+
+
 # ------------------------------------------------------------------------------------------ judging
 class Judge:
     """Stands for model, encoder and sample_group: say(prompt, vote) -> answer text."""
