@@ -16,6 +16,9 @@ The rules, the same for every benchmark:
   no verdict  an unparsable answer (pred null), a row without any prediction, and equal scores are
               wrong; none is left out or replaced by a coin.
   votes       the majority of the verdicts of an order; a tied vote counts one half.
+  best of 4   RewardBench 2: the chosen response meets each rejected one. A question earns 1 if it
+              beats them all, 1 / (1 + k) if k of them tie with it (equal scores; a judge of pairs
+              that says one thing in one order and another in the other), and 0 if one beats it.
   interval    95 %, Wilson's, on the effective number of independent questions: rows that share one,
               and unequal weights, make it smaller than n.
 """
@@ -49,16 +52,19 @@ from stage1_text_grpo import sample_group
 # ==================================================================================================
 # 1. Predictions. A row is a preference row with "row", its index in the data file; "label"; "part",
 # its column, and "also", another one; "weight", 0 where it does not count; "cluster", the question
-# it belongs to. A prediction is one verdict on one row: "pred", "order" ("AB" or "BA"), "sample"
-# (which vote of that order), and "at", the place of its row in the list of rows.
+# it belongs to; "i" and "j", which pair it is where a row of the file holds several. A prediction
+# is one verdict on one row: "pred", "order" ("AB" or "BA"), "sample" (which vote of that order),
+# and "at", the place of its row in the list of rows.
 
 TIES = ("tie", "bothbad", "same")
 ALSO = ("safety/bias", "safety/toxicity", "no tie", "easy", "normal", "hard")  # row["also"]
-BAD_SCORES = "has scores that are no numbers, only one of the two, or not three of each"
+BAD_SCORES = ("has scores that are no numbers, only one of the two, or not one for each response "
+              "of the row")
 
 
 def key_of(row):
-    """What a prediction is about; i, j: RM-Bench's styles of the chosen and of the rejected."""
+    """What a prediction is about; i, j: which of the row's chosen and of its rejected responses
+    (RM-Bench, RewardBench 2)."""
     return row["row"], row.get("i"), row.get("j")
 
 
@@ -93,8 +99,8 @@ def read_predictions(path, rows):
 
 
 def predictions_in(line):
-    """One line of a prediction file -> its predictions: nine for RM-Bench's scores of three chosen
-    and three rejected styles, else one. Raises BadRow."""
+    """One line of a prediction file -> its predictions: one for each pair where it has the scores
+    of all chosen and rejected responses, else one. Raises BadRow."""
     if isinstance(line, BadRow):  # file_rows() found no JSON there
         raise line
     if not isinstance(line, dict):
@@ -105,12 +111,12 @@ def predictions_in(line):
     chosen, rejected = pred.pop("chosen"), pred.pop("rejected", None)
     pairs = []
     for scores in (chosen, rejected):
-        if not isinstance(scores, list) or len(scores) != 3 or None in scores:
+        if not isinstance(scores, list) or not scores or None in scores:
             raise BadRow(BAD_SCORES)
-    for i in range(3):
-        for j in range(3):
-            scores = {"score_a": chosen[i], "score_b": rejected[j]}
-            pairs.append(checked({**pred, "i": i, "j": j, **scores}))
+    for i, score_a in enumerate(chosen):
+        for j, score_b in enumerate(rejected):
+            pair = {"i": i, "j": j, "score_a": score_a, "score_b": score_b}
+            pairs.append(checked({**pred, **pair, "shape": (len(chosen), len(rejected))}))
     return pairs
 
 
@@ -142,11 +148,17 @@ def locate(pred, rows_with, places):
         raise BadRow(f"with id {pred.get('id')!r}, row {pred.get('row')} fits {len(fits)} rows of "
                      '--data; where ids repeat, "row" is their index there')
     pred["row"], = fits
+    if "shape" in pred:  # scores of all responses: are there as many as the row has?
+        n_chosen, n_rejected = pred.pop("shape")
+        beyond = [(pred["row"], n_chosen, 0), (pred["row"], 0, n_rejected)]
+        last = pred["row"], n_chosen - 1, n_rejected - 1
+        if last not in places or any(key in places for key in beyond):
+            raise BadRow(BAD_SCORES)
     if (pred["row"], None, None) in places:  # not RM-Bench: a user's own "i" means nothing here
         pred.pop("i", None)
         pred.pop("j", None)
     if key_of(pred) not in places:
-        raise BadRow("needs 'i' and 'j' in 0-2, or 'chosen' and 'rejected' scores")
+        raise BadRow("needs 'i' and 'j' of a pair of its row, or 'chosen' and 'rejected' scores")
     pred["at"] = places[key_of(pred)]
 
 
@@ -245,6 +257,8 @@ def score(rows, preds, benchmark="rows", style="msrl"):
     """Predictions as of read_predictions() -> the result as --json prints it, figures as shares of
     1, and the scored rows. Raises SystemExit if no row counts."""
     scored = scored_rows(rows, preds)
+    if benchmark == "rewardbench2":
+        earn_by_question(scored)
     counted = [row for row in scored if row["weight"] > 0]
     if not counted:
         raise SystemExit("no row of --data has a label that counts.")
@@ -257,15 +271,16 @@ def score(rows, preds, benchmark="rows", style="msrl"):
             columns[name] = column(also[name])
     columns |= more_columns(benchmark, columns, scored, preds)
     result = {"overall": overall, "macro": macro, "n": n, "accuracy": overall,
-              "interval": common.wilson(overall, effective_n(counted)),
+              "interval": common.wilson(min(max(overall, 0), 1), effective_n(counted)),
               "missing": len([row for row in counted if not row["orders"]]),
               **by_name(columns),
               **common.habits([row["orders"] for row in scored], style)}
-    if any(pred.get("score_a") is not None for pred in preds):
+    pairs_stand_alone = benchmark != "rewardbench2"  # there questions do
+    if pairs_stand_alone and any(pred.get("score_a") is not None for pred in preds):
         result["soft"] = mean(counted, "soft")
     votes = max(Counter([(pred["at"], pred["order"]) for pred in preds]).values())
     ties = any(pred["pred"] in TIES for pred in preds)  # the curves' sums know two verdicts
-    if votes > 1 and not ties:
+    if votes > 1 and pairs_stand_alone and not ties:
         result |= vote_curves(counted, votes)
     if benchmark == "rm_bench":  # [3][3], down: the style of the chosen, across: of the rejected
         result["matrix"] = []
@@ -304,7 +319,7 @@ def effective_n(rows):
     accuracy, weights = mean(rows), [row["weight"] for row in rows]
     deviations = [row["points"] - accuracy for row in rows]
     variance = sum_of_squares(question_totals(rows, deviations)) / sum(weights) ** 2
-    if variance < 1e-12:
+    if variance < 1e-12 or not 0 < accuracy < 1:  # the Ties score can be 1.01
         return sum(weights) ** 2 / sum_of_squares(question_totals(rows, [1] * len(rows)))
     kish = sum(weights) ** 2 / sum_of_squares(weights)
     return min(kish, accuracy * (1 - accuracy) / variance)
@@ -399,7 +414,70 @@ def more_columns(benchmark, columns, scored, preds):
         if other:
             four.append(average_column(other))
         return {"MSRL other": average_column(other), "MSRL avg.": average_column(four)}
+    if benchmark.startswith("mmrb2"):  # its compute_accuracy.py pools the verdicts of both orders
+        right = []
+        for pred in preds:
+            if pred["pred"] is not None:
+                right.append(pred["pred"] == scored[pred["at"]]["label"])
+        return {"official, without null verdicts": (average(right), len(right))}
     return {}
+
+
+def earn_by_question(scored):
+    """RewardBench 2: every pair of a question earns what the question earns."""
+    for question in grouped(scored, "cluster").values():
+        earned = ties_points(question) if question[0]["part"] == "Ties" else best_of(question)
+        for row in question:
+            row["points"] = earned
+
+
+def best_of(pairs):
+    """The chosen response against each rejected one -> 1 / (number tied at the maximum) if it is at
+    the maximum, else 0. A pair without a verdict is lost."""
+    at_maximum = 1
+    for row in pairs:
+        equal_scores = row["points"] == 0 and row["margin"] == 0
+        if equal_scores or row["points"] == 0.5:
+            at_maximum += 1
+        elif row["points"] < 0.5:
+            return 0.0
+    return 1 / at_maximum
+
+
+def ties_points(pairs):
+    """The pairs of one question of Ties, of its rows "ref:n" (one correct answer) and "tied:n"
+    (many) -> what it adds to the Ties score, at most 1.01; the score is the mean over questions."""
+    gaps, spread = {}, 0.0
+    for kind in ("ref", "tied"):
+        correct, wrong = ratings([row for row in pairs if row["id"].startswith(kind)])
+        gaps[kind] = -math.inf
+        if correct:
+            gaps[kind] = min(correct) - max(wrong)
+            spread = max(correct) - min(correct)  # that of "tied" stays
+    smaller = min(gaps.values())
+    points = 0.3 * (gaps["tied"] > 1e-9) + 0.3 * (gaps["ref"] > 1e-9)
+    points += 0.2 * (gaps["tied"] > spread + 1e-9) + 0.2 * (smaller > spread + 1e-9)
+    # UNSPECIFIED: without a spread the quotient is infinite; 0 / 0 counts 0 here
+    if spread > 1e-9:
+        return points + 0.01 * math.tanh(smaller / spread - 1)
+    return points + 0.01 * ((smaller > 1e-9) - (smaller < -1e-9))
+
+
+def ratings(pairs):
+    """Pairs of one row of Ties -> a rating of each correct answer and of each wrong one: its score.
+    UNSPECIFIED: a judge of pairs rates an answer by the (soft) share of its pairs that it won. Two
+    empty lists if a pair has no prediction."""
+    correct, wrong = {}, {}
+    for row in pairs:
+        if not row["orders"]:
+            return [], []
+        for pred in sum(row["orders"].values(), []):
+            a, b = pred.get("score_a"), pred.get("score_b")
+            if a is None:  # no verdict: lost
+                a, b = (1, 0) if pred["pred"] == "A" else (0, 1)
+            correct.setdefault(row["i"], []).append(a)
+            wrong.setdefault(row["j"], []).append(b)
+    return list(map(average, correct.values())), list(map(average, wrong.values()))
 
 
 def all_right(prompt):
@@ -613,6 +691,51 @@ def rm_bench(r, where):
                    "also": "normal" if i == j else level}
 
 
+SUBSETS = ("Factuality", "Focus", "Math", "Precise IF", "Safety", "Ties")
+
+
+def rewardbench2(r, where):
+    """allenai/reward-bench-2: one chosen and three rejected responses; in Ties several correct and
+    several wrong ones to a question, which has a row "ref:n" and a row "tied:n". A: chosen. All
+    pairs of a chosen and a rejected response, so a judge of pairs does with six judgements what
+    best of 4 asks. DEVIATION: the official script for judges shows all four at once and gives 0.25
+    for an unparsable answer; such verdicts are read as scores 1 and 0, four equal ones for none."""
+    if r["subset"] not in SUBSETS:
+        raise BadRow(f"has subset {r['subset']!r}, not one of {', '.join(SUBSETS)}")
+    ties = r["subset"] == "Ties"
+    kind, _, question = str(r["id"]).partition(":")
+    if ties and (kind not in ("ref", "tied") or not r["chosen"] or not r["rejected"]):
+        raise BadRow(f"of Ties has id {r['id']!r}, not 'ref:n' or 'tied:n', or lacks responses")
+    if not ties and (len(r["chosen"]), len(r["rejected"])) != (1, 3):
+        raise BadRow("must have one response in 'chosen' and three in 'rejected'")
+    for i, better in enumerate(r["chosen"]):
+        for j, worse in enumerate(r["rejected"]):
+            pair = {"task": "text", "prompt": r["prompt"], "responses": [better, worse], "i": i,
+                    "j": j, "label": "A", "part": r["subset"]}
+            if ties:
+                pair["cluster"] = f"ties {question}"
+            yield pair
+
+
+def mmrb2(r, where):
+    """rl-research/multimodal-rewardbench-2, a config: Multimodal RewardBench 2. A: response_a. Our
+    prompts show t2i (two images) and what of `reasoning` has at most one image; a judge refuses
+    other rows, which --skip_bad_rows counts as wrong. UNSPECIFIED: how `chosen` spells the sides
+    (read: A, a, response_a)."""
+    label = str(r["chosen"]).upper().removeprefix("RESPONSE_")
+    if label not in ("A", "B"):
+        raise BadRow(f"has chosen {r['chosen']!r}, neither A nor B")
+    prompt, *responses = [re.sub(r"\s*<image_\d+>", "", r[f"{name}_text"] or "").strip()
+                          for name in ("prompt", "response_a", "response_b")]
+    images_a, images_b = list(r["response_a_images"] or ()), list(r["response_b_images"] or ())
+    media = [*images_a, *images_b, *(r["prompt_images"] or ())]
+    task = "image_understanding" if media else "text"
+    if images_a and images_b:
+        task = "image_generation"
+        responses = responses if any(responses) else None  # with texts no judge of ours takes it
+    yield {"task": task, "prompt": prompt, "responses": responses, "media": media, "label": label}
+
+
 # name: (reader, rows as published, hub config, hub split, its file in a folder)
 BENCHMARKS = {
     "vl_rewardbench": (vl_rewardbench, (1250, 1247), None, "test", "data/test-*.parquet"),
@@ -628,6 +751,11 @@ BENCHMARKS = {
                        "**/sft_dpo_17k.jsonl"),
     "rewardbench": (rewardbench, (2985,), None, "filtered", "data/filtered-*.parquet"),
     "rm_bench": (rm_bench, (1327, 129, 228, 284, 157, 529), None, "train", "total_dataset.json"),
+    "rewardbench2": (rewardbench2, (1865,), None, "test", "data/test-*.parquet"),
+    "mmrb2_t2i": (mmrb2, (1000,), "t2i", "test", "{config}/{split}-*.parquet"),
+    "mmrb2_edit": (mmrb2, (1000,), "edit", "test", "{config}/{split}-*.parquet"),
+    "mmrb2_interleaved": (mmrb2, (1000,), "interleaved", "test", "{config}/{split}-*.parquet"),
+    "mmrb2_reasoning": (mmrb2, (1000,), "reasoning", "test", "{config}/{split}-*.parquet"),
     "rows": None}  # preference rows, or a training set that common.py knows
 
 
@@ -681,7 +809,8 @@ def converted(reader, raw, where, n):
         raise raw
     if not isinstance(raw, dict):
         raise BadRow("is not an object")
-    id = next((str(raw[key]) for key in ("id", "ID", "idx") if raw.get(key) is not None), str(n))
+    names = ("id", "ID", "idx", "pair_id")
+    id = next((str(raw[name]) for name in names if raw.get(name) is not None), str(n))
     for fields in reader(raw, where):
         row = {"id": id, "row": n, "part": None, "weight": 1, "cluster": f"row {n}",
                "responses": None, "media": [], **fields}
@@ -712,6 +841,24 @@ def set_weights(name, rows):
             section = SECTIONS[row["part"]]
             total = sum([section[subset] for subset in section if subset in sizes])
             row["weight"] = section[row["subset"]] / total / sizes[row["subset"]]
+    if name == "rewardbench2":
+        pairs = Counter([row["row"] for row in rows])
+        for of_subset in grouped(rows, "part").values():
+            n = len({row["row"] for row in of_subset})
+            for row in of_subset:
+                row["weight"] = 1 / n / pairs[row["row"]]
+        warn_of_halves([row for row in rows if row["part"] == "Ties"])
+
+
+def warn_of_halves(ties):
+    """RewardBench 2: the Ties score needs both rows of a question, "ref:n" and "tied:n"."""
+    ids = {row["id"] for row in ties}
+    for question, rows in grouped(ties, "cluster").items():
+        for kind in ("ref", "tied"):
+            id = question.replace("ties ", f"{kind}:")
+            if id not in ids and common.rank() == 0:
+                print(f"warning: {rows[0]['id']} of Ties is without {id}, which counts as wrong",
+                      file=sys.stderr)
 
 
 def files_of(source, pattern):
@@ -1247,7 +1394,8 @@ class Config:
         [], 'score this file of predictions, without a model; of two, also compare. A line: {"id", '
         '"pred": "A"|"B"|null}, optionally "row" (the index in the data file, needed where ids '
         'repeat), "order", "sample", "score_a", "score_b"; GenAI-Bench: also "tie", "bothbad"; '
-        'RM-Bench: {"id", "i", "j", "pred"}, or scores {"id", "chosen": [3], "rejected": [3]}',
+        'RM-Bench, RewardBench 2: {"id", "i", "j", "pred"} for each pair, or the scores of all '
+        'responses {"id", "chosen": [...], "rejected": [...]}',
         metavar="PREDS")
     table: list[str] = knob([], "print a table of checkpoints by the five tasks' held-out rows in "
                             "--toy, and stop", metavar="CHECKPOINT")

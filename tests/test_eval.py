@@ -87,6 +87,17 @@ def rm_bench(id, domain):
             "chosen": [f"good {i}" for i in range(3)], "rejected": [f"bad {j}" for j in range(3)]}
 
 
+def rewardbench2(id, subset, chosen=("good",), rejected=("bad", "bad 2", "bad 3")):
+    return {"id": id, "prompt": "What?", "chosen": list(chosen), "rejected": list(rejected),
+            "subset": subset}
+
+
+def mmrb2(id, chosen, text=("", ""), images=(["a.png"], ["b.png"]), prompt_images=()):
+    return {"pair_id": id, "prompt_text": "What?", "prompt_images": list(prompt_images),
+            "response_a_text": text[0], "response_b_text": text[1], "response_a_images": images[0],
+            "response_b_images": images[1], "chosen": chosen}
+
+
 def row(n, **more):
     return {"id": f"r{n}", "task": "text", "prompt": "What?", "label": "AB"[n % 2],
             "responses": ["good", "bad"][::1 - 2 * (n % 2)]} | more
@@ -309,6 +320,154 @@ def test_rm_bench(run, form):
     assert hard == pytest.approx(expected["hard"])
 
 
+TIES = {  # question: scores of (the correct answers, the wrong ones) of its row "ref" and of "tied"
+    "0": (([5], [3, 4.5]), ([4, 4.4, 4.2], [3.8, 1])),  # a gap of 0.2 below the spread of 0.4
+    "1": (([5], [3]), ([4, 4.5], [3, 1])),              # everything right
+    "2": (([5], [4.7]), ([4, 4.5], [3])),               # the gap of "ref" is below the spread
+    "3": (([5], [6]), ([4, 4.5], [3])),                 # the reference is wrong
+    "4": (([5], [5]), ([4, 4], [4])),                   # all equal: nothing is right
+    "5": (([1], [0]), ([2, 2], [1]))}                   # no spread at all
+
+
+def official_ties_score(questions):
+    """The six means of the published rule, each taken over the questions."""
+    tied_right = ref_right = tied_wide = both_wide = margin = 0
+    for (ref, ref_wrong), (tied, tied_wrong) in questions.values():
+        ref_gap, tied_gap = ref[0] - max(ref_wrong), min(tied) - max(tied_wrong)
+        spread, smaller = max(tied) - min(tied), min(ref_gap, tied_gap)
+        tied_right += tied_gap > 0
+        ref_right += ref_gap > 0
+        tied_wide += tied_gap > spread
+        both_wide += smaller > spread
+        if spread:
+            margin += math.tanh(smaller / spread - 1)
+        else:  # the limits; nothing for 0 / 0
+            margin += (smaller > 0) - (smaller < 0)
+    n = len(questions)
+    return (0.3 * tied_right + 0.3 * ref_right + 0.2 * tied_wide + 0.2 * both_wide
+            + 0.01 * margin) / n
+
+
+def ties_rows(questions):
+    """-> rows of Ties, and predictions with their scores"""
+    rows, preds = [], []
+    for question, both in questions.items():
+        for kind, (correct, wrong) in zip(("ref", "tied"), both, strict=True):
+            rows.append(rewardbench2(f"{kind}:{question}", "Ties", map("good {}".format, correct),
+                                     map("bad {}".format, wrong)))
+            preds.append({"id": f"{kind}:{question}", "chosen": correct, "rejected": wrong})
+    return rows, preds
+
+
+def test_rewardbench2(run):
+    """By hand. kills: a tie at the maximum as wrong or as right; pairs as rows; rows pooled over
+    subsets; a question without scores left out; the Ties score as plain accuracy."""
+    scores = {"Factuality": [([3], [1, 2, 0]), ([2], [2, 1, 2])], "Focus": [([1], [2, 0, 0])],
+              "Math": [([1], [1, 1, 1])], "Precise IF": [None, ([1], [0, 0, 0])],
+              "Safety": [([2], [1, 1, 1])]}
+    rows, preds = ties_rows(TIES)
+    for subset, questions in scores.items():
+        for k, question in enumerate(questions):
+            rows.append(rewardbench2(f"{subset}/{k}", subset))
+            if question:
+                preds.append({"id": rows[-1]["id"], "chosen": question[0], "rejected": question[1]})
+    expected = {"Factuality": (1 + 1 / 3) / 2, "Focus": 0, "Math": 1 / 4, "Precise IF": 1 / 2,
+                "Safety": 1, "Ties": official_ties_score(TIES)}
+    got = scored(run, "rewardbench2", write("test.json", rows), preds)
+    assert got["groups"] == pytest.approx(expected)
+    assert got["overall"] == pytest.approx(sum(expected.values()) / 6) and got["n"] == 12 + 7
+    assert got["macro"] == pytest.approx(got["overall"])
+    assert got["group_n"]["Ties"] == 12 and got["group_n"]["Factuality"] == 2
+    low, high = got["interval"]
+    assert 0 <= low < got["overall"] < high <= 1
+
+
+def test_ties_of_rewardbench2_can_exceed_one(run):
+    """kills: an interval that needs a figure of at most 1; scores of more responses accepted."""
+    rows, preds = ties_rows({f"{k}": TIES["15"[k % 2]] for k in range(120)})
+    got = scored(run, "rewardbench2", write("test.json", rows), preds)
+    assert got["overall"] == pytest.approx(1 + 0.01 * (math.tanh(1) + 1) / 2)
+    assert 0.95 < got["interval"][0] < got["interval"][1] <= 1
+    same = run("--score", "preds.jsonl", write("same.jsonl", preds), "--benchmark", "rewardbench2",
+               "--data", "test.json", "--json")
+    assert same["questions"] == 120 and same["sign_test_p"] == 1
+    for rejected in ([1], [1, 2, 3]):  # "tied:0" has two wrong answers
+        preds[1] = {"id": "tied:0", "chosen": [1, 2], "rejected": rejected}
+        with pytest.raises(SystemExit, match="not one for each response"):
+            scored(run, "rewardbench2", "test.json", preds)
+
+
+def test_a_judge_of_pairs_does_best_of_four(run):
+    """Three pairs in both orders. kills: the mean over the pairs; orders that contradict each other
+    as a win or as a loss; a lost pair made up for by two won."""
+    verdicts = [["AA", "AA", "AA"],   # beats all: 1
+                ["AA", "AB", "BA"],   # two of three tie with it: 1/3
+                ["AA", "AA", "BB"],   # one beats it
+                ["AA", "AA", "A-"],   # no verdict is wrong, so this is a tie: 1/2
+                ["AA", "AA", None]]   # never judged: lost
+    rows, preds = [], []
+    for k, question in enumerate(verdicts):
+        rows.append(rewardbench2(k, "Math"))
+        for j, both in enumerate(question):
+            for order, verdict in zip(("AB", "BA"), both or "", strict=False):
+                preds.append({"id": k, "i": 0, "j": j, "order": order,
+                              "pred": None if verdict == "-" else verdict})
+    got = scored(run, "rewardbench2", write("test.json", rows), preds)
+    assert got["overall"] == pytest.approx((1 + 1 / 3 + 0 + 1 / 2 + 0) / 5) and got["n"] == 5
+    # Ties: an answer's rating is the share of its pairs that it won
+    rows, _ = ties_rows({"0": ((["a"], ["b"]), (["a", "b"], ["c", "d"]))})
+    pairs = [("ref:0", 0, 0, "AA"), ("tied:0", 0, 0, "AA"), ("tied:0", 0, 1, "AA"),
+             ("tied:0", 1, 0, "AB"), ("tied:0", 1, 1, "AA")]
+    preds = [{"id": id, "i": i, "j": j, "order": order, "pred": pred}
+             for id, i, j, both in pairs for order, pred in zip(("AB", "BA"), both, strict=True)]
+    expected = official_ties_score({"0": (([1], [0]), ([1, 0.75], [0.25, 0]))})
+    got = scored(run, "rewardbench2", write("test.json", rows), preds)
+    assert got["overall"] == pytest.approx(expected)
+
+
+def test_reward_models_do_rewardbench2(run, reward_models):
+    """One score for each response, however many pairs it is in. kills: verdicts in place of scores
+    for Ties."""
+    rows, _ = ties_rows(TIES)
+    rows.append(rewardbench2("x", "Focus", ["good 2"], ["bad 2", "bad 1", "bad 0"]))
+    got = run("--model", "1", "--benchmark", "rewardbench2", "--data", write("test.json", rows),
+              "--json")
+    assert got["groups"] == pytest.approx({"Ties": official_ties_score(TIES), "Focus": 1 / 2})
+
+
+def test_multimodal_rewardbench_2(run):
+    """kills: null verdicts left out of our figure; orders averaged first in the official one."""
+    rows = [mmrb2("p0", "A"), mmrb2("p1", "B"), mmrb2("p2", "A"), mmrb2("p3", "response_b")]
+    verdicts = {"p0": ("A", None), "p1": ("B", "B"), "p2": (None, None), "p3": ("A", "B")}
+    preds = []
+    for id, both in verdicts.items():
+        for order, pred in zip(("AB", "BA"), both, strict=True):
+            preds.append({"id": id, "order": order, "pred": pred})
+    got = scored(run, "mmrb2_t2i", write("t2i.json", rows), preds)
+    assert got["overall"] == (1 / 2 + 1 + 0 + 1 / 2) / 4 and got["n"] == 4
+    assert got["groups"] == {"official, without null verdicts": 4 / 5}
+    assert got["group_n"] == {"official, without null verdicts": 5}
+
+
+def test_what_a_judge_can_see_of_multimodal_rewardbench_2(run, monkeypatch):
+    """kills: an edit shown without the image it starts from; texts beside images dropped; the
+    places of images left in the text."""
+    colour_files(".", a="red", b="blue", c="green")
+    shown = {"mmrb2_t2i": mmrb2("p", "A"),
+             "mmrb2_reasoning": mmrb2("p", "A", ("good <image_1>", "bad"), ([], []), ["c.png"])}
+    for name, row_of_it in shown.items():
+        judge = Judge(monkeypatch, lambda prompt, vote: thinks("A"))
+        got = run("--model", "m", "--benchmark", name, "--data", write("d.json", [row_of_it]),
+                  "--json")
+        assert got["overall"] == 0.5 and "<image_1>" not in judge.prompts[0]
+        assert judge.prompts[0].count("<image>") == (2 if name == "mmrb2_t2i" else 1)
+    refused = {"mmrb2_edit": mmrb2("p", "A", prompt_images=["c.png"]),
+               "mmrb2_interleaved": mmrb2("p", "A", ("<image_1> one", "two <image_1>"))}
+    for name, row_of_it in refused.items():
+        with pytest.raises(SystemExit, match=r"row 0 \(p\): .*generation"):
+            run("--model", "m", "--benchmark", name, "--data", write("d.json", [row_of_it]))
+
+
 def test_sharegpt_video_holds_out_whole_videos():
     """kills: a coin of the row."""
     rows = [sharegpt(f"q{n}", f"v{n % 300}") for n in range(900)]
@@ -529,13 +688,17 @@ def test_bad_predictions_are_named(run, preds, complaint):
     ("rewardbench", [rewardbench(1, "pku-better")], "of no section"),
     ("rm_bench", [rm_bench("a", "chat") | {"chosen": ["a"]}], "three styles"),
     ("multimodal_rewardbench", [multimodal("a", "vqa", 3)], "Output3"),
-    ("mm_rlhf_rewardbench", [mm_rlhf("a", "elsewhere")], "elsewhere")])
+    ("mm_rlhf_rewardbench", [mm_rlhf("a", "elsewhere")], "elsewhere"),
+    ("rewardbench2", [rewardbench2("a", "Maths")], "subset 'Maths'"),
+    ("rewardbench2", [rewardbench2("a", "Math", rejected=["b"])], "three in 'rejected'"),
+    ("rewardbench2", [rewardbench2("a:1", "Ties")], "not 'ref:n' or 'tied:n'"),
+    ("mmrb2_t2i", [mmrb2("a", "tie")], "chosen 'tie'")])
 def test_bad_benchmark_rows_are_named(run, benchmark, data, complaint):
     with pytest.raises(SystemExit, match=complaint):
         scored(run, benchmark, write("data.json", data), [{"id": "a", "pred": "A"}])
 
 
-# ---------------------------------------------------------- benchmarks kept out of the training rows
+# ----------------------------------------------------------- benchmarks kept out of training rows
 def test_multimodal_rewardbench_is_kept_out(encoder):
     """kills: its columns unknown to --exclude; its image needed for its texts."""
     train = [row(k, responses=["good", "bad"], prompt=prompt, label="A")
@@ -694,6 +857,16 @@ def publish(name):
             ["math-prm", "hep-cpp", "donotanswer", "mt-bench-hard"])])
     elif name == "rm_bench":
         write(folder / "total_dataset.json", [rm_bench(f"{d}/1", d) for d in ("chat", "math")])
+    elif name == "rewardbench2":
+        write(folder / "test.jsonl", [rewardbench2(1, "Math"), rewardbench2(2, "Focus")])
+    elif name.startswith("mmrb2"):
+        picture(folder / "b.png")
+        picture(folder / "a.png")
+        if name != "mmrb2_reasoning":  # what an edit starts from is shown by none of our prompts
+            write(folder / "test.jsonl", [mmrb2("p0", "A"), mmrb2("p1", "B")])
+        else:
+            write(folder / "test.jsonl", [mmrb2("p0", "A", ("good", "bad"), ([], []), ["a.png"]),
+                                          mmrb2("p1", "B", ("bad", "good"), ([], []))])
     else:
         folder = write("rows.jsonl", [row(n) for n in range(6)])
     return folder
@@ -701,27 +874,30 @@ def publish(name):
 
 JUDGED = {"vl_rewardbench": 4, "multimodal_rewardbench": 6, "mm_rlhf_rewardbench": 3,
           "genai_image": 2, "genai_video": 2, "videogen_rewardbench": 3, "sharegpt_video": 2,
-          "rewardbench": 4, "rm_bench": 18, "rows": 6}
+          "rewardbench": 4, "rm_bench": 18, "rewardbench2": 6, "mmrb2_t2i": 2, "mmrb2_edit": 2,
+          "mmrb2_interleaved": 2, "mmrb2_reasoning": 2, "rows": 6}
 
 
 @pytest.mark.parametrize("name", list(ev.BENCHMARKS))
 def test_every_benchmark_is_judged_in_place(name, run, monkeypatch):
     """Both orders of every row, media found where the archives put them. A constant "A" gets 50 %
-    in every column; a judge that finds the good one gets all of those that have it.
+    in every column, and 25 % of the best of 4; a judge that finds the good one gets all of those
+    that have it.
     kills: one order; the verdict taken as shown; the better one always first."""
     folder = publish(name)
     judge = Judge(monkeypatch, lambda prompt, vote: thinks("A"))
     got = run("--model", "m", "--benchmark", name, "--data", folder, "--json", "--out", "a.jsonl")
     assert len(judge.prompts) == 2 * JUDGED[name]
     columns = {k: v for k, v in got["groups"].items() if k not in ("4-way", "3-way", "with ties")}
-    assert list(columns.values()) == pytest.approx([0.5] * len(columns))
+    chance = 0.25 if name == "rewardbench2" else 0.5
+    assert list(columns.values()) == pytest.approx([chance] * len(columns))
     assert got["order_flips"] == 1
     ties = name.startswith("genai")  # of four rows two are ties, which nobody who says A or B gets
-    assert got["overall"] == (0.25 if ties else pytest.approx(0.5))
+    assert got["overall"] == (0.25 if ties else pytest.approx(chance))
     assert got["share_a"] == 1 and (got["macro"] == pytest.approx(got["overall"]))
     again = run("--score", "a.jsonl", "--benchmark", name, "--data", folder, "--json")
     assert again == {**got, "model": "a.jsonl"}  # one evaluator, one number
-    if "gen" in name:
+    if "gen" in name or name in ("mmrb2_t2i", "mmrb2_edit", "mmrb2_interleaved"):
         return  # the better image or video is told by no word
     Judge(monkeypatch, finds_good)
     got = run("--model", "m", "--benchmark", name, "--data", folder, "--json")
