@@ -1418,7 +1418,8 @@ class Config:
     votes: int = knob(1, "K sampled answers per order, majority wins (paper: voting@16), with "
                       "vote@k and any@k for k = 1..K; 1 = one greedy answer")
     attempts: int = knob(0, "write --data to --out with the number of sampled answers until one is "
-                         "right, K + 1 if none of K is (R1-Reward: 3)", metavar="K")
+                         "right, K + 1 if none of K is (R1-Reward: 3), and the first right one's "
+                         "reasoning as rationale, for stage 0", metavar="K")
     temperature: float = knob(1.0, "of the K sampled answers")
     max_new_tokens: int = knob(160, "paper: 1024")
     batch_size: int = knob(64, "prompts decoded together")
@@ -1556,43 +1557,69 @@ def table(args):
 
 
 def attempts(args, device):
-    """--attempts, R1-Reward's difficulty: preference rows with "attempts", the number of sampled
-    answers until one is right, and K + 1 if none of K is (for --min_attempts of the stages). The
-    order shown is a coin. DEVIATION: R1-Reward samples at temperature 0, where a second try is the
-    first."""
+    """--attempts, R1-Reward's difficulty and cold start: rows with "attempts", the number of sampled
+    answers until one is right, and K + 1 if none of K is (for --min_attempts of the stages); and
+    with the reasoning of the first right answer as "rationale" (for stage 0). The order shown is a
+    coin; a row with a new rationale is written in that order, so that no name in it has to change.
+    DEVIATION: R1-Reward samples at temperature 0, where a second try is the first."""
     model, encoder = common.load(args.model[0], device, frames=args.frames,
                                  max_tiles=args.max_tiles, style=args.style)
     rows = common.load_rows(args.data, encoder, args.form, args.max_prompt_tokens,
                             args.skip_bad_rows)
 
+    def as_shown(row):
+        return common.swap(row) if common.coin("attempts", args.seed, row["id"]) else row
+
     def attempts_needed(chunk, at):
-        shown = []
-        for row in chunk:
-            turned = common.coin("attempts", args.seed, row["id"])
-            shown.append(common.swap(row) if turned else row)
+        shown = [as_shown(row) for row in chunk]
         preds = common.judge(model, encoder, shown, sample_group, args.form, args.attempts,
                              args.temperature, args.max_new_tokens, args.batch_size, args.seed,
                              orders=("AB",), desc="attempts")
-        needed = [args.attempts + 1] * len(chunk)
+        found = [{"attempts": args.attempts + 1} for _ in chunk]
         for n in reversed(range(len(preds))):  # the first right answer has the last word
             at, attempt = divmod(n, args.attempts)
             if preds[n]["pred"] == shown[at]["label"]:
-                needed[at] = attempt + 1
-        return needed
+                found[at]["attempts"] = attempt + 1
+                reasoning = reasoning_of(preds[n].get("text") or "", args.style, encoder.forbidden)
+                if reasoning:
+                    found[at]["rationale"] = reasoning
+        return found
 
     names = ("attempts", "temperature", "max_new_tokens", "seed", "form", "style", "batch_size",
              "frames", "max_tiles")
     made_by = {name: getattr(args, name) for name in names}
     made_by["model"] = common.stamps(*args.model)
-    needed = common.resumed(Path(args.out).with_suffix(".attempts.jsonl"), made_by, rows,
-                            attempts_needed, chunk=8 * args.batch_size)
-    for row, n in zip(rows, needed, strict=True):
-        row |= {"attempts": n, "media": [os.path.abspath(path) for path in row["media"]]}
+    answers = common.resumed(Path(args.out).with_suffix(".attempts.jsonl"), made_by, rows,
+                             attempts_needed, chunk=8 * args.batch_size)
+    written, needed = [], Counter()
+    for row, found in zip(rows, answers, strict=True):
+        if "rationale" in found:
+            row = as_shown(row)
+        media = [os.path.abspath(path) for path in row["media"]]
+        written.append({**row, **found, "media": media})
+        needed[found["attempts"]] += 1
     if common.rank() == 0:
-        common.write_lines(args.out, rows)
-        counts = [f"{n}: {count} rows" for n, count in sorted(Counter(needed).items())]
+        common.write_lines(args.out, written)
+        counts = [f"{n}: {count} rows" for n, count in sorted(needed.items())]
         print(f"{args.out}: attempts needed {', '.join(counts)}")
     common.end_processes()
+
+
+def reasoning_of(text, style, forbidden):
+    """What a well-formed answer thinks, as a rationale that stage 0 can learn, else None. In
+    rationales candidates are named A and B, from which stage 0 makes the 1 and 2 of style "r1"."""
+    if not common.parse(text, style).well_formed:
+        return None
+    reasoning = text.partition("<think>")[2].partition("</think>")[0].strip()
+
+    def with_letters(match):
+        return re.sub(r"\b[12]\b", lambda side: {"1": "A", "2": "B"}[side[0]], match[0])
+    if style == "r1":
+        named = r"\b(?i:response|answer|assistant|chatbot)s? [12]\b(?: (?:and|or) [12]\b)?"
+        reasoning = re.sub(named, with_letters, reasoning)
+    if any(tag in reasoning for tag in forbidden if tag not in ("<type>", "</type>")):
+        return None  # the row would be refused
+    return reasoning or None
 
 
 def check_writable(path):

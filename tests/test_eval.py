@@ -23,11 +23,13 @@ import toy_world
 import torch
 import torch.nn.functional as F
 import wrong_versions
-from helpers import DATA, OTHER, lines, rejects, thinks, write
+from helpers import (
+    DATA, OTHER, better, flags, lines, rejects, rows_of, run_here, thinks, write)
 from PIL import Image
 
 import common
 import eval as ev
+import stage0_sft
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -1268,6 +1270,73 @@ def test_attempts_count_until_the_first_right_answer(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "judge", None)
     ev.main()  # killed after the last verdict, say: nothing is judged again
     assert lines(tmp_path / "out.jsonl") == got
+
+
+def says_where_red_is(encoder, bare, style="msrl"):
+    """A sampler of three answers a prompt, [wrong, right, right otherwise]; its reasoning names the
+    sides as shown, with `bare` also by a bare letter, which common.swap() cannot follow."""
+    letters = {"A": "1", "B": "2"} if style == "r1" else {"A": "A", "B": "B"}
+
+    def sample(model, encoder, prompts, votes, temperature, max_new_tokens, generator):
+        texts = []
+        for prompt in prompts:
+            text = encoder.decode(prompt.ids)
+            right = "A" if text.rindex("\nred\n") < text.rindex("\nblue\n") else "B"
+            a, b = letters[right], letters[OTHER[right]]
+            reasoning = f"Response {a} says red ."
+            if bare:
+                reasoning += f" So not {b} ."
+            texts.append([thinks(b, "Nothing ."), thinks(a, reasoning), thinks(a, "Later .")])
+        ids = [[encoder.answer_ids(text) for text in answers] for answers in texts]
+        return SimpleNamespace(ids=ids, logp=None)
+    return sample
+
+
+@pytest.mark.parametrize("bare, style", [(False, "msrl"), (True, "msrl"), (False, "r1")])
+def test_stage_0_learns_from_the_first_right_attempt(bare, style, encoder, monkeypatch, tmp_path):
+    """R1-Reward's cold start, from sampled answers to what stage 0 learns and its checkpoint.
+    kills: the sampled texts thrown away; the first answer's reasoning, or the last right one's; the
+    reasoning of the order shown in a row of the other order; names changed but for a bare letter;
+    1 and 2 left in a row that may be swapped."""
+    rows = []
+    for k in range(8):
+        pair = ["red", "blue"][::1 - 2 * (k % 2)]
+        rows.append(row(k, prompt="ann red disc . colour of ann ?", responses=pair))
+    monkeypatch.setattr(ev, "sample_group", says_where_red_is(encoder, bare, style))
+    run_here(ev.main, flags(model=toy_world.PREBUILT, data=write("rows.jsonl", rows), attempts=3,
+                            out="cold.jsonl", style=style))
+    got = rows_of("cold.jsonl", encoder, "text")
+    assert {r["attempts"] for r in got} == {2} and [r["id"] for r in got] == [r["id"] for r in rows]
+    turned = sum(was["label"] != now["label"] for was, now in zip(rows, got, strict=True))
+    assert 0 < turned < 8
+    for cold in got:
+        assert better(cold) == "red"
+        assert stage0_sft.can_swap(cold) == (not bare)
+        for shown in [cold] if bare else [cold, common.swap(cold)]:
+            side = shown["label"] if style == "msrl" else {"A": "1", "B": "2"}[shown["label"]]
+            reasoning = f"Response {side} says red ."
+            if bare:
+                reasoning += f" So not {OTHER[side]} ."
+            assert stage0_sft.target_text(shown, "rationale", style) == thinks(side, reasoning)
+    run_here(stage0_sft.main, flags(model=toy_world.PREBUILT, data="cold.jsonl", heldout="",
+                                    epochs=1, batch_size=4, style=style, out=tmp_path / "run"))
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 2
+
+
+@pytest.mark.parametrize("text, rationale", [
+    (thinks("A", "The <type>text</type> is so ."), "The <type>text</type> is so ."),
+    (thinks("A", "<caption>x</caption> so ."), None), (thinks("A", " "), None),
+    ("So it is .\n<answer>\nA\n</answer>", None)])
+def test_what_stage_0_cannot_learn_is_no_rationale(text, rationale):
+    """kills: a rationale for which stage 0 refuses the row; an answer without a reasoning."""
+    assert ev.reasoning_of(text, "msrl", common.FORBIDDEN) == rationale
+
+
+def test_names_in_r1_answers_become_letters():
+    """So that they can be swapped. kills: a bare number taken for a name; the second of two."""
+    text = thinks("2", "Responses 1 and 2 differ in 2 ways . Answer 2 is right , 1 of 3 times .")
+    assert ev.reasoning_of(text, "r1", common.FORBIDDEN) == (
+        "Responses A and B differ in 2 ways . Answer B is right , 1 of 3 times .")
 
 
 # ------------------------------------------------------------------- what a review of eval.py found
