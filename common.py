@@ -847,6 +847,28 @@ def from_vl_rewardbench(r, where):
                        "image_understanding", [r["image"]], source="VL-RewardBench")
 
 
+def from_multimodal_rewardbench(r, where):
+    """facebookresearch/multimodal_rewardbench, as --exclude needs it."""
+    better, worse = r["Output1"], r["Output2"]
+    if r["Better"] == "Output2":
+        better, worse = worse, better
+    yield better_first(f"multimodal-rewardbench/{r['ID']}", r["Text"], better, worse,
+                       "image_understanding", [r.get("Image") or r["image"]],
+                       source="Multimodal RewardBench")
+
+
+def from_genai_bench(r, where):
+    """TIGER-Lab/GenAI-Bench, as --exclude needs it. Its videos are URLs."""
+    kind = "image" if "left_image" in r else "video"
+    better, worse = r[f"left_{kind}"], r[f"right_{kind}"]
+    if r["vote_type"] == "rightvote":
+        better, worse = worse, better
+    elif r["vote_type"] != "leftvote":
+        return
+    yield better_first(f"genai-bench/{where}", r["prompt"], better, worse, f"{kind}_generation",
+                       source="GenAI-Bench")
+
+
 # MSRL Table 5: S1 to S6. The last three come as files; their videos lie beside them.
 TABLE_5 = ("wangclnlp/vision-feedback-mix-binarized:{},"
            "data-is-better-together/open-image-preferences-v1-binarized:{},"
@@ -869,6 +891,9 @@ PUBLISHED = (
     ({"instruction", "output"}, None, from_gram),
     ({"human_ranking", "query", "response"}, None, from_vl_rewardbench),
     ({"message", "answer"}, None, from_r1_reward),
+    ({"Output1", "Output2", "Better"}, None, from_multimodal_rewardbench),
+    ({"prompt", "left_image", "right_image"}, None, from_genai_bench),
+    ({"prompt", "left_video", "right_video"}, None, from_genai_bench),
     ({"conversations", "image"}, None, from_vision_feedback),
     ({"prompt", "image1", "image2"}, None, from_rapidata),
     ({"prompt", "file_name1", "file_name2"}, None, from_rapidata),
@@ -986,14 +1011,33 @@ def _row_of_line(line):
         return BadRow(f"is not valid JSON ({e})")
 
 
-def fingerprint(row):
-    """What makes two text or understanding rows the same whatever their source: question and
-    responses, letters and digits only. None for generation rows and what is no row."""
-    if not isinstance(row, dict) or not row.get("responses"):
+def fingerprint(row, folder=""):
+    """What makes two rows the same whatever their source: question and responses, letters and
+    digits only; of generation rows question and media, whose paths start in `folder`. None for
+    what has neither responses nor two media, and what is no row."""
+    if not isinstance(row, dict):
         return None
+    if not row.get("responses"):
+        media = row.get("media") or ()
+        if len(media) != 2:
+            return None
+        known_by = [medium_digest(Path(folder, medium)) for medium in media]
+        return (re.sub(r"[\W_]+", "", row["prompt"].lower()), *sorted(known_by))
     prompt, *responses = (re.sub(r"[\W_]+", "", text.lower())
                           for text in (row["prompt"], *row["responses"]))
     return (prompt, *sorted(responses))
+
+
+def medium_digest(path):
+    """Tells a medium by what it holds, because two sets keep the same file under two paths: its
+    size and first mebibyte (of a long video all would take long), of a folder of frames each of
+    them. A file that is not here is told by its name."""
+    if path.is_dir():
+        return " ".join(medium_digest(frame) for frame in sorted(path.iterdir()))
+    if not path.is_file():
+        return path.name
+    with open(path, "rb") as file:
+        return f"{path.stat().st_size}:{hashlib.sha256(file.read(2 ** 20)).hexdigest()}"
 
 
 def fingerprints(sources):
@@ -1006,13 +1050,13 @@ def fingerprints(sources):
                 raw = {**raw, "image": raw.get("image") or "-"}  # only the texts are needed
             try:
                 for row in convert(raw, where):
-                    found.add(fingerprint(row))
+                    found.add(fingerprint(row, Path(source).parent))
             except BadRow as e:
                 raise SystemExit(f"{where}: row {e}; --exclude needs a benchmark that can be "
                                  "read.") from None
         found.discard(None)
         if not found:
-            raise SystemExit(f"{source}: holds no row with a prompt and two responses; --exclude "
+            raise SystemExit(f"{source}: holds no row with a prompt and two candidates; --exclude "
                              "would exclude nothing.")
         known |= found
     return known

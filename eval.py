@@ -16,6 +16,9 @@ The rules, the same for every benchmark:
   no verdict  an unparsable answer (pred null), a row without any prediction, and equal scores are
               wrong; none is left out or replaced by a coin.
   votes       the majority of the verdicts of an order; a tied vote counts one half.
+  best of 4   RewardBench 2: the chosen response meets each rejected one. A question earns 1 if it
+              beats them all, 1 / (1 + k) if k of them tie with it (equal scores; a judge of pairs
+              that says one thing in one order and another in the other), and 0 if one beats it.
   interval    95 %, Wilson's, on the effective number of independent questions: rows that share one,
               and unequal weights, make it smaller than n.
 """
@@ -49,16 +52,19 @@ from stage1_text_grpo import sample_group
 # ==================================================================================================
 # 1. Predictions. A row is a preference row with "row", its index in the data file; "label"; "part",
 # its column, and "also", another one; "weight", 0 where it does not count; "cluster", the question
-# it belongs to. A prediction is one verdict on one row: "pred", "order" ("AB" or "BA"), "sample"
-# (which vote of that order), and "at", the place of its row in the list of rows.
+# it belongs to; "i" and "j", which pair it is where a row of the file holds several. A prediction
+# is one verdict on one row: "pred", "order" ("AB" or "BA"), "sample" (which vote of that order),
+# and "at", the place of its row in the list of rows.
 
 TIES = ("tie", "bothbad", "same")
 ALSO = ("safety/bias", "safety/toxicity", "no tie", "easy", "normal", "hard")  # row["also"]
-BAD_SCORES = "has scores that are no numbers, only one of the two, or not three of each"
+BAD_SCORES = ("has scores that are no numbers, only one of the two, or not one for each response "
+              "of the row")
 
 
 def key_of(row):
-    """What a prediction is about; i, j: RM-Bench's styles of the chosen and of the rejected."""
+    """What a prediction is about; i, j: which of the row's chosen and of its rejected responses
+    (RM-Bench, RewardBench 2)."""
     return row["row"], row.get("i"), row.get("j")
 
 
@@ -93,8 +99,8 @@ def read_predictions(path, rows):
 
 
 def predictions_in(line):
-    """One line of a prediction file -> its predictions: nine for RM-Bench's scores of three chosen
-    and three rejected styles, else one. Raises BadRow."""
+    """One line of a prediction file -> its predictions: one for each pair where it has the scores
+    of all chosen and rejected responses, else one. Raises BadRow."""
     if isinstance(line, BadRow):  # file_rows() found no JSON there
         raise line
     if not isinstance(line, dict):
@@ -105,12 +111,12 @@ def predictions_in(line):
     chosen, rejected = pred.pop("chosen"), pred.pop("rejected", None)
     pairs = []
     for scores in (chosen, rejected):
-        if not isinstance(scores, list) or len(scores) != 3 or None in scores:
+        if not isinstance(scores, list) or not scores or None in scores:
             raise BadRow(BAD_SCORES)
-    for i in range(3):
-        for j in range(3):
-            scores = {"score_a": chosen[i], "score_b": rejected[j]}
-            pairs.append(checked({**pred, "i": i, "j": j, **scores}))
+    for i, score_a in enumerate(chosen):
+        for j, score_b in enumerate(rejected):
+            pair = {"i": i, "j": j, "score_a": score_a, "score_b": score_b}
+            pairs.append(checked({**pred, **pair, "shape": (len(chosen), len(rejected))}))
     return pairs
 
 
@@ -142,11 +148,17 @@ def locate(pred, rows_with, places):
         raise BadRow(f"with id {pred.get('id')!r}, row {pred.get('row')} fits {len(fits)} rows of "
                      '--data; where ids repeat, "row" is their index there')
     pred["row"], = fits
+    if "shape" in pred:  # scores of all responses: are there as many as the row has?
+        n_chosen, n_rejected = pred.pop("shape")
+        beyond = [(pred["row"], n_chosen, 0), (pred["row"], 0, n_rejected)]
+        last = pred["row"], n_chosen - 1, n_rejected - 1
+        if last not in places or any(key in places for key in beyond):
+            raise BadRow(BAD_SCORES)
     if (pred["row"], None, None) in places:  # not RM-Bench: a user's own "i" means nothing here
         pred.pop("i", None)
         pred.pop("j", None)
     if key_of(pred) not in places:
-        raise BadRow("needs 'i' and 'j' in 0-2, or 'chosen' and 'rejected' scores")
+        raise BadRow("needs 'i' and 'j' of a pair of its row, or 'chosen' and 'rejected' scores")
     pred["at"] = places[key_of(pred)]
 
 
@@ -245,6 +257,8 @@ def score(rows, preds, benchmark="rows", style="msrl"):
     """Predictions as of read_predictions() -> the result as --json prints it, figures as shares of
     1, and the scored rows. Raises SystemExit if no row counts."""
     scored = scored_rows(rows, preds)
+    if benchmark == "rewardbench2":
+        earn_by_question(scored)
     counted = [row for row in scored if row["weight"] > 0]
     if not counted:
         raise SystemExit("no row of --data has a label that counts.")
@@ -257,15 +271,16 @@ def score(rows, preds, benchmark="rows", style="msrl"):
             columns[name] = column(also[name])
     columns |= more_columns(benchmark, columns, scored, preds)
     result = {"overall": overall, "macro": macro, "n": n, "accuracy": overall,
-              "interval": common.wilson(overall, effective_n(counted)),
+              "interval": common.wilson(min(max(overall, 0), 1), effective_n(counted)),
               "missing": len([row for row in counted if not row["orders"]]),
               **by_name(columns),
               **common.habits([row["orders"] for row in scored], style)}
-    if any(pred.get("score_a") is not None for pred in preds):
+    pairs_stand_alone = benchmark != "rewardbench2"  # there questions do
+    if pairs_stand_alone and any(pred.get("score_a") is not None for pred in preds):
         result["soft"] = mean(counted, "soft")
     votes = max(Counter([(pred["at"], pred["order"]) for pred in preds]).values())
     ties = any(pred["pred"] in TIES for pred in preds)  # the curves' sums know two verdicts
-    if votes > 1 and not ties:
+    if votes > 1 and pairs_stand_alone and not ties:
         result |= vote_curves(counted, votes)
     if benchmark == "rm_bench":  # [3][3], down: the style of the chosen, across: of the rejected
         result["matrix"] = []
@@ -304,7 +319,7 @@ def effective_n(rows):
     accuracy, weights = mean(rows), [row["weight"] for row in rows]
     deviations = [row["points"] - accuracy for row in rows]
     variance = sum_of_squares(question_totals(rows, deviations)) / sum(weights) ** 2
-    if variance < 1e-12:
+    if variance < 1e-12 or not 0 < accuracy < 1:  # the Ties score can be 1.01
         return sum(weights) ** 2 / sum_of_squares(question_totals(rows, [1] * len(rows)))
     kish = sum(weights) ** 2 / sum_of_squares(weights)
     return min(kish, accuracy * (1 - accuracy) / variance)
@@ -312,14 +327,18 @@ def effective_n(rows):
 
 def compare(first, second):
     """Two judges' scored rows, paired, because both judged the same rows. -> the difference first -
-    second, its 95 % interval from the spread of the questions' differences, and McNemar's exact p
-    (a sign test over the rows that one of the two judged better)."""
-    rows, first_better, second_better = [], 0, 0
+    second, its 95 % interval from the spread of the questions' differences, and the exact p of a
+    sign test over questions: of those on which one judge has more points than the other, half are
+    the first's if the two are equal. With one row a question this is McNemar's test; rows that
+    share a question are right or wrong together, and counted singly they would be no coins."""
+    rows = []
     for a, b in zip(first, second, strict=True):
         if a["weight"] > 0:
             rows.append({**a, "difference": a["points"] - b["points"]})
-            first_better += a["points"] > b["points"]
-            second_better += a["points"] < b["points"]
+    first_better = second_better = 0
+    for more_points in question_totals(rows, [row["difference"] for row in rows]):
+        first_better += more_points > 1e-9  # 0.1 + 0.2 - 0.3 is not 0
+        second_better += more_points < -1e-9
     difference = mean(rows, "difference")
     deviations = [row["difference"] - difference for row in rows]
     totals = question_totals(rows, deviations)
@@ -333,7 +352,7 @@ def compare(first, second):
         tail += ways
     return {"difference": difference, "interval": [difference - half, difference + half],
             "first_better": first_better, "second_better": second_better, "n": len(rows),
-            "questions": n, "mcnemar_p": min(1.0, 2 * tail / 2 ** unequal)}
+            "questions": n, "sign_test_p": min(1.0, 2 * tail / 2 ** unequal)}
 
 
 # ------------------------------------------------------------------------ more votes, more correct?
@@ -395,7 +414,70 @@ def more_columns(benchmark, columns, scored, preds):
         if other:
             four.append(average_column(other))
         return {"MSRL other": average_column(other), "MSRL avg.": average_column(four)}
+    if benchmark.startswith("mmrb2"):  # its compute_accuracy.py pools the verdicts of both orders
+        right = []
+        for pred in preds:
+            if pred["pred"] is not None:
+                right.append(pred["pred"] == scored[pred["at"]]["label"])
+        return {"official, without null verdicts": (average(right), len(right))}
     return {}
+
+
+def earn_by_question(scored):
+    """RewardBench 2: every pair of a question earns what the question earns."""
+    for question in grouped(scored, "cluster").values():
+        earned = ties_points(question) if question[0]["part"] == "Ties" else best_of(question)
+        for row in question:
+            row["points"] = earned
+
+
+def best_of(pairs):
+    """The chosen response against each rejected one -> 1 / (number tied at the maximum) if it is at
+    the maximum, else 0. A pair without a verdict is lost."""
+    at_maximum = 1
+    for row in pairs:
+        equal_scores = row["points"] == 0 and row["margin"] == 0
+        if equal_scores or row["points"] == 0.5:
+            at_maximum += 1
+        elif row["points"] < 0.5:
+            return 0.0
+    return 1 / at_maximum
+
+
+def ties_points(pairs):
+    """The pairs of one question of Ties, of its rows "ref:n" (one correct answer) and "tied:n"
+    (many) -> what it adds to the Ties score, at most 1.01; the score is the mean over questions."""
+    gaps, spread = {}, 0.0
+    for kind in ("ref", "tied"):
+        correct, wrong = ratings([row for row in pairs if row["id"].startswith(kind)])
+        gaps[kind] = -math.inf
+        if correct:
+            gaps[kind] = min(correct) - max(wrong)
+            spread = max(correct) - min(correct)  # that of "tied" stays
+    smaller = min(gaps.values())
+    points = 0.3 * (gaps["tied"] > 1e-9) + 0.3 * (gaps["ref"] > 1e-9)
+    points += 0.2 * (gaps["tied"] > spread + 1e-9) + 0.2 * (smaller > spread + 1e-9)
+    # UNSPECIFIED: without a spread the quotient is infinite; 0 / 0 counts 0 here
+    if spread > 1e-9:
+        return points + 0.01 * math.tanh(smaller / spread - 1)
+    return points + 0.01 * ((smaller > 1e-9) - (smaller < -1e-9))
+
+
+def ratings(pairs):
+    """Pairs of one row of Ties -> a rating of each correct answer and of each wrong one: its score.
+    UNSPECIFIED: a judge of pairs rates an answer by the (soft) share of its pairs that it won. Two
+    empty lists if a pair has no prediction."""
+    correct, wrong = {}, {}
+    for row in pairs:
+        if not row["orders"]:
+            return [], []
+        for pred in sum(row["orders"].values(), []):
+            a, b = pred.get("score_a"), pred.get("score_b")
+            if a is None:  # no verdict: lost
+                a, b = (1, 0) if pred["pred"] == "A" else (0, 1)
+            correct.setdefault(row["i"], []).append(a)
+            wrong.setdefault(row["j"], []).append(b)
+    return list(map(average, correct.values())), list(map(average, wrong.values()))
 
 
 def all_right(prompt):
@@ -408,12 +490,14 @@ def all_right(prompt):
 
 
 def with_ties(rows):
-    """VideoGen-RewardBench's 3-class accuracy: verdicts A, B, same as they are; scores with the
-    best of all thresholds below which a difference is a tie ("Ties Matter", algorithm 1)."""
+    """VideoGen-RewardBench's 3-class accuracy: scores with the best of all thresholds below which a
+    difference is a tie ("Ties Matter", algorithm 1), and a row without a score is wrong; if no row
+    has one, verdicts A, B, same as they are."""
+    with_scores = [row for row in rows if row["margin"] is not None]
+    if not with_scores:
+        return average([row["points"] for row in rows])
     right, gain = 0, Counter()  # gain: |difference| -> right rows won if it becomes a tie
-    for row in rows:
-        if row["margin"] is None:
-            return average([row["points"] for row in rows])
+    for row in with_scores:
         right_without = row["label"] == (larger(row["margin"], 0) or "same")
         right += right_without
         gain[abs(row["margin"])] += (row["label"] == "same") - right_without
@@ -607,6 +691,51 @@ def rm_bench(r, where):
                    "also": "normal" if i == j else level}
 
 
+SUBSETS = ("Factuality", "Focus", "Math", "Precise IF", "Safety", "Ties")
+
+
+def rewardbench2(r, where):
+    """allenai/reward-bench-2: one chosen and three rejected responses; in Ties several correct and
+    several wrong ones to a question, which has a row "ref:n" and a row "tied:n". A: chosen. All
+    pairs of a chosen and a rejected response, so a judge of pairs does with six judgements what
+    best of 4 asks. DEVIATION: the official script for judges shows all four at once and gives 0.25
+    for an unparsable answer; such verdicts are read as scores 1 and 0, four equal ones for none."""
+    if r["subset"] not in SUBSETS:
+        raise BadRow(f"has subset {r['subset']!r}, not one of {', '.join(SUBSETS)}")
+    ties = r["subset"] == "Ties"
+    kind, _, question = str(r["id"]).partition(":")
+    if ties and (kind not in ("ref", "tied") or not r["chosen"] or not r["rejected"]):
+        raise BadRow(f"of Ties has id {r['id']!r}, not 'ref:n' or 'tied:n', or lacks responses")
+    if not ties and (len(r["chosen"]), len(r["rejected"])) != (1, 3):
+        raise BadRow("must have one response in 'chosen' and three in 'rejected'")
+    for i, better in enumerate(r["chosen"]):
+        for j, worse in enumerate(r["rejected"]):
+            pair = {"task": "text", "prompt": r["prompt"], "responses": [better, worse], "i": i,
+                    "j": j, "label": "A", "part": r["subset"]}
+            if ties:
+                pair["cluster"] = f"ties {question}"
+            yield pair
+
+
+def mmrb2(r, where):
+    """rl-research/multimodal-rewardbench-2, a config: Multimodal RewardBench 2. A: response_a. Our
+    prompts show t2i (two images) and what of `reasoning` has at most one image; a judge refuses
+    other rows, which --skip_bad_rows counts as wrong. UNSPECIFIED: how `chosen` spells the sides
+    (read: A, a, response_a)."""
+    label = str(r["chosen"]).upper().removeprefix("RESPONSE_")
+    if label not in ("A", "B"):
+        raise BadRow(f"has chosen {r['chosen']!r}, neither A nor B")
+    prompt, *responses = [re.sub(r"\s*<image_\d+>", "", r[f"{name}_text"] or "").strip()
+                          for name in ("prompt", "response_a", "response_b")]
+    images_a, images_b = list(r["response_a_images"] or ()), list(r["response_b_images"] or ())
+    media = [*images_a, *images_b, *(r["prompt_images"] or ())]
+    task = "image_understanding" if media else "text"
+    if images_a and images_b:
+        task = "image_generation"
+        responses = responses if any(responses) else None  # with texts no judge of ours takes it
+    yield {"task": task, "prompt": prompt, "responses": responses, "media": media, "label": label}
+
+
 # name: (reader, rows as published, hub config, hub split, its file in a folder)
 BENCHMARKS = {
     "vl_rewardbench": (vl_rewardbench, (1250, 1247), None, "test", "data/test-*.parquet"),
@@ -622,6 +751,11 @@ BENCHMARKS = {
                        "**/sft_dpo_17k.jsonl"),
     "rewardbench": (rewardbench, (2985,), None, "filtered", "data/filtered-*.parquet"),
     "rm_bench": (rm_bench, (1327, 129, 228, 284, 157, 529), None, "train", "total_dataset.json"),
+    "rewardbench2": (rewardbench2, (1865,), None, "test", "data/test-*.parquet"),
+    "mmrb2_t2i": (mmrb2, (1000,), "t2i", "test", "{config}/{split}-*.parquet"),
+    "mmrb2_edit": (mmrb2, (1000,), "edit", "test", "{config}/{split}-*.parquet"),
+    "mmrb2_interleaved": (mmrb2, (1000,), "interleaved", "test", "{config}/{split}-*.parquet"),
+    "mmrb2_reasoning": (mmrb2, (1000,), "reasoning", "test", "{config}/{split}-*.parquet"),
     "rows": None}  # preference rows, or a training set that common.py knows
 
 
@@ -675,7 +809,8 @@ def converted(reader, raw, where, n):
         raise raw
     if not isinstance(raw, dict):
         raise BadRow("is not an object")
-    id = next((str(raw[key]) for key in ("id", "ID", "idx") if raw.get(key) is not None), str(n))
+    names = ("id", "ID", "idx", "pair_id")
+    id = next((str(raw[name]) for name in names if raw.get(name) is not None), str(n))
     for fields in reader(raw, where):
         row = {"id": id, "row": n, "part": None, "weight": 1, "cluster": f"row {n}",
                "responses": None, "media": [], **fields}
@@ -706,6 +841,24 @@ def set_weights(name, rows):
             section = SECTIONS[row["part"]]
             total = sum([section[subset] for subset in section if subset in sizes])
             row["weight"] = section[row["subset"]] / total / sizes[row["subset"]]
+    if name == "rewardbench2":
+        pairs = Counter([row["row"] for row in rows])
+        for of_subset in grouped(rows, "part").values():
+            n = len({row["row"] for row in of_subset})
+            for row in of_subset:
+                row["weight"] = 1 / n / pairs[row["row"]]
+        warn_of_halves([row for row in rows if row["part"] == "Ties"])
+
+
+def warn_of_halves(ties):
+    """RewardBench 2: the Ties score needs both rows of a question, "ref:n" and "tied:n"."""
+    ids = {row["id"] for row in ties}
+    for question, rows in grouped(ties, "cluster").items():
+        for kind in ("ref", "tied"):
+            id = question.replace("ties ", f"{kind}:")
+            if id not in ids and common.rank() == 0:
+                print(f"warning: {rows[0]['id']} of Ties is without {id}, which counts as wrong",
+                      file=sys.stderr)
 
 
 def files_of(source, pattern):
@@ -1241,7 +1394,8 @@ class Config:
         [], 'score this file of predictions, without a model; of two, also compare. A line: {"id", '
         '"pred": "A"|"B"|null}, optionally "row" (the index in the data file, needed where ids '
         'repeat), "order", "sample", "score_a", "score_b"; GenAI-Bench: also "tie", "bothbad"; '
-        'RM-Bench: {"id", "i", "j", "pred"}, or scores {"id", "chosen": [3], "rejected": [3]}',
+        'RM-Bench, RewardBench 2: {"id", "i", "j", "pred"} for each pair, or the scores of all '
+        'responses {"id", "chosen": [...], "rejected": [...]}',
         metavar="PREDS")
     table: list[str] = knob([], "print a table of checkpoints by the five tasks' held-out rows in "
                             "--toy, and stop", metavar="CHECKPOINT")
@@ -1264,7 +1418,8 @@ class Config:
     votes: int = knob(1, "K sampled answers per order, majority wins (paper: voting@16), with "
                       "vote@k and any@k for k = 1..K; 1 = one greedy answer")
     attempts: int = knob(0, "write --data to --out with the number of sampled answers until one is "
-                         "right, K + 1 if none of K is (R1-Reward: 3)", metavar="K")
+                         "right, K + 1 if none of K is (R1-Reward: 3), and the first right one's "
+                         "reasoning as rationale, for stage 0", metavar="K")
     temperature: float = knob(1.0, "of the K sampled answers")
     max_new_tokens: int | None = knob(None, "default: what the judge was trained with, by its "
                                       "stage.json, else 1024 (paper)")
@@ -1357,9 +1512,9 @@ def finish(args, rows, files):
         first, second = results.values()
         result = {**compare(*judges), "first": first, "second": second}
         low, high = result["interval"]
-        print(f"first - second: {result['difference']:+.1%} [{low:+.1%}, {high:+.1%}]; rows that "
-              f"the first judges better {result['first_better']}, the second "
-              f"{result['second_better']}; McNemar p {result['mcnemar_p']:.3g}")
+        print(f"first - second: {result['difference']:+.1%} [{low:+.1%}, {high:+.1%}]; "
+              f"questions that the first judges better {result['first_better']}, the second "
+              f"{result['second_better']}; sign test over questions p {result['sign_test_p']:.3g}")
     if args.report:
         write_report(args, results, judges[0])
     if args.json:
@@ -1410,43 +1565,69 @@ def table(args):
 
 
 def attempts(args, device):
-    """--attempts, R1-Reward's difficulty: preference rows with "attempts", the number of sampled
-    answers until one is right, and K + 1 if none of K is (for --min_attempts of the stages). The
-    order shown is a coin. DEVIATION: R1-Reward samples at temperature 0, where a second try is the
-    first."""
+    """--attempts, R1-Reward's difficulty and cold start: rows with "attempts", the number of sampled
+    answers until one is right, and K + 1 if none of K is (for --min_attempts of the stages); and
+    with the reasoning of the first right answer as "rationale" (for stage 0). The order shown is a
+    coin; a row with a new rationale is written in that order, so that no name in it has to change.
+    DEVIATION: R1-Reward samples at temperature 0, where a second try is the first."""
     model, encoder = common.load(args.model[0], device, frames=args.frames,
                                  max_tiles=args.max_tiles, style=args.style)
     rows = common.load_rows(args.data, encoder, args.form, args.max_prompt_tokens,
                             args.skip_bad_rows)
 
+    def as_shown(row):
+        return common.swap(row) if common.coin("attempts", args.seed, row["id"]) else row
+
     def attempts_needed(chunk, at):
-        shown = []
-        for row in chunk:
-            turned = common.coin("attempts", args.seed, row["id"])
-            shown.append(common.swap(row) if turned else row)
+        shown = [as_shown(row) for row in chunk]
         preds = common.judge(model, encoder, shown, sample_group, args.form, args.attempts,
                              args.temperature, args.max_new_tokens, args.batch_size, args.seed,
                              orders=("AB",), desc="attempts")
-        needed = [args.attempts + 1] * len(chunk)
+        found = [{"attempts": args.attempts + 1} for _ in chunk]
         for n in reversed(range(len(preds))):  # the first right answer has the last word
             at, attempt = divmod(n, args.attempts)
             if preds[n]["pred"] == shown[at]["label"]:
-                needed[at] = attempt + 1
-        return needed
+                found[at]["attempts"] = attempt + 1
+                reasoning = reasoning_of(preds[n].get("text") or "", args.style, encoder.forbidden)
+                if reasoning:
+                    found[at]["rationale"] = reasoning
+        return found
 
     names = ("attempts", "temperature", "max_new_tokens", "seed", "form", "style", "batch_size",
              "frames", "max_tiles")
     made_by = {name: getattr(args, name) for name in names}
     made_by["model"] = common.stamps(*args.model)
-    needed = common.resumed(Path(args.out).with_suffix(".attempts.jsonl"), made_by, rows,
-                            attempts_needed, chunk=8 * args.batch_size)
-    for row, n in zip(rows, needed, strict=True):
-        row |= {"attempts": n, "media": [os.path.abspath(path) for path in row["media"]]}
+    answers = common.resumed(Path(args.out).with_suffix(".attempts.jsonl"), made_by, rows,
+                             attempts_needed, chunk=8 * args.batch_size)
+    written, needed = [], Counter()
+    for row, found in zip(rows, answers, strict=True):
+        if "rationale" in found:
+            row = as_shown(row)
+        media = [os.path.abspath(path) for path in row["media"]]
+        written.append({**row, **found, "media": media})
+        needed[found["attempts"]] += 1
     if common.rank() == 0:
-        common.write_lines(args.out, rows)
-        counts = [f"{n}: {count} rows" for n, count in sorted(Counter(needed).items())]
+        common.write_lines(args.out, written)
+        counts = [f"{n}: {count} rows" for n, count in sorted(needed.items())]
         print(f"{args.out}: attempts needed {', '.join(counts)}")
     common.end_processes()
+
+
+def reasoning_of(text, style, forbidden):
+    """What a well-formed answer thinks, as a rationale that stage 0 can learn, else None. In
+    rationales candidates are named A and B, from which stage 0 makes the 1 and 2 of style "r1"."""
+    if not common.parse(text, style).well_formed:
+        return None
+    reasoning = text.partition("<think>")[2].partition("</think>")[0].strip()
+
+    def with_letters(match):
+        return re.sub(r"\b[12]\b", lambda side: {"1": "A", "2": "B"}[side[0]], match[0])
+    if style == "r1":
+        named = r"\b(?i:response|answer|assistant|chatbot)s? [12]\b(?: (?:and|or) [12]\b)?"
+        reasoning = re.sub(named, with_letters, reasoning)
+    if any(tag in reasoning for tag in forbidden if tag not in ("<type>", "</type>")):
+        return None  # the row would be refused
+    return reasoning or None
 
 
 def check_writable(path):
