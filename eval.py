@@ -1565,8 +1565,8 @@ def table(args):
 
 
 def attempts(args, device):
-    """--attempts, R1-Reward's difficulty and cold start: rows with "attempts", the number of sampled
-    answers until one is right, and K + 1 if none of K is (for --min_attempts of the stages); and
+    """--attempts, R1-Reward's difficulty and cold start: rows with "attempts", how many sampled
+    answers it took until one was right, and K + 1 if none of K is (for --min_attempts of the stages); and
     with the reasoning of the first right answer as "rationale" (for stage 0). The order shown is a
     coin; a row with a new rationale is written in that order, so that no name in it has to change.
     DEVIATION: R1-Reward samples at temperature 0, where a second try is the first."""
