@@ -441,7 +441,7 @@ def best_of(pairs):
             at_maximum += 1
         elif row["points"] < 0.5:
             return 0.0
-    return 1 / at_maximum
+    return float(at_maximum == 1)
 
 
 def ties_points(pairs):
