@@ -33,6 +33,7 @@ import math
 import os
 import random
 import re
+import statistics
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -185,6 +186,24 @@ def scored_rows(rows, preds):
     return scored
 
 
+def score_statistics(rows):
+    """BaseReward's Table 13: mean and standard deviation of the scores of the better and of the
+    worse candidates, and the gap of the means, over rows with scores. UNSPECIFIED: n - 1 divides
+    the squares."""
+    better, worse = [], []
+    for row in rows:
+        preds = [p for p in sum(row["orders"].values(), []) if p.get("score_a") is not None]
+        if preds and row["label"] in ("A", "B"):
+            a, b = [average([pred[side] for pred in preds]) for side in ("score_a", "score_b")]
+            better.append(a if row["label"] == "A" else b)
+            worse.append(b if row["label"] == "A" else a)
+    figures = {"gap": average(better) - average(worse)}
+    for name, values in (("better", better), ("worse", worse)):
+        figures[name] = average(values)
+        figures[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
+    return figures
+
+
 def larger(a, b):
     """Strictly: equal scores are no verdict, and so count as wrong."""
     if a == b:
@@ -278,6 +297,7 @@ def score(rows, preds, benchmark="rows", style="msrl"):
     pairs_stand_alone = benchmark != "rewardbench2"  # there questions do
     if pairs_stand_alone and any(pred.get("score_a") is not None for pred in preds):
         result["soft"] = mean(counted, "soft")
+        result["scores"] = score_statistics(counted)
     votes = max(Counter([(pred["at"], pred["order"]) for pred in preds]).values())
     ties = any(pred["pred"] in TIES for pred in preds)  # the curves' sums know two verdicts
     if votes > 1 and pairs_stand_alone and not ties:
@@ -540,6 +560,10 @@ def show(title, result):
     print("| n |", " | ".join(map(str, sizes)), "|")
     if "soft" in result:
         print(f"soft votes (mean probability of the answer, or score): {result['soft']:.1%}")
+        scores = result["scores"]
+        print(f"scores: better {scores['better']:.3g} (standard deviation "
+              f"{scores['better_std']:.3g}), worse {scores['worse']:.3g} "
+              f"({scores['worse_std']:.3g}), gap {scores['gap']:.3g}")
     for name in ("vote", "any"):
         if name in result:
             print(", ".join([f"{name}@{k} {share:.1%}" for k, share in result[name].items()]))
@@ -908,18 +932,37 @@ def place_of(row):
 
 
 def reward_scores(loaded, rows, args):
-    """-> predictions of Bradley-Terry models; the scores of several are averaged (BaseReward's
-    ensemble). Each response is scored alone (a pair of media in both orders, their mean), so there
-    is one order."""
+    """-> predictions of Bradley-Terry models; the scores of several are averaged with the weights
+    of --ensemble. Each response is scored alone (a pair of media in both orders, their mean), so
+    there is one order."""
     totals = torch.zeros(len(rows), 2, dtype=torch.float64)
-    for model, encoder in loaded:
+    weights = ensemble_weights(args.model, args.ensemble)
+    for (model, encoder), weight in zip(loaded, weights, strict=True):
         scores = bt_reward.score_rows(model, encoder, rows, args.batch_size, "scoring")
-        totals += torch.tensor(scores, dtype=torch.float64)
+        totals += weight * torch.tensor(scores, dtype=torch.float64)
     preds = []
-    for at, (a, b) in enumerate((totals / len(loaded)).tolist()):
+    for at, (a, b) in enumerate((totals / sum(weights)).tolist()):
         preds.append({"id": rows[at]["id"], "at": at, "order": "AB", "sample": 0,
                       "pred": larger(a, b), "score_a": a, "score_b": b})
     return preds
+
+
+def ensemble_weights(folders, ensemble):
+    """BaseReward's ensembles (appendix B, Table 7) -> one weight for each reward model: 1, or its
+    accuracy or its mean margin (chosen - rejected) on the held-out rows it was trained beside.
+    UNSPECIFIED: scores enter on their own scales. DEVIATION: the paper takes one validation set of
+    1,000 rows for all models; each checkpoint's own --heldout counts here. Raises SystemExit."""
+    if ensemble == "mean" or len(folders) == 1:
+        return [1.0] * len(folders)
+    figure = {"accuracy": "accuracy", "confidence": "margin"}[ensemble]
+    weights = []
+    for folder in folders:
+        after = (common.stage_of(folder).get("heldout") or {}).get("after") or {}
+        weights.append(after.get(figure, 0.0))
+        if weights[-1] <= 0:
+            raise SystemExit(f"{folder}/stage.json: has no held-out {figure} above 0 to weigh the "
+                             "model by; train it with --heldout, or take --ensemble mean.")
+    return weights
 
 
 def is_reward_model(folder):
@@ -1204,9 +1247,10 @@ def ranked_by_score(sets, loaded, args):
     scores = [bt_reward.score_texts(model, encoder, items, args.batch_size, "scoring")
               for model, encoder in loaded]
     scores = torch.tensor(scores, dtype=torch.float64)                            # [models, items]
+    weights = torch.tensor(ensemble_weights(args.model, args.ensemble), dtype=torch.float64)
     sizes = [len(candidates["candidates"]) for candidates in sets]
     for of_set in scores.split(sizes, 1):                                         # [models, n]
-        rewards = chances(of_set.mean(0)).tolist()
+        rewards = chances(weights @ of_set / weights.sum()).tolist()
         errors = [None] * len(rewards)
         if len(loaded) > 1:
             errors = (chances(of_set).std(0) / math.sqrt(len(loaded))).tolist()
@@ -1384,6 +1428,9 @@ class Config:
     model: list[str] = knob([], "checkpoint folder or hub id of a judge that writes its verdict, "
                             "or a bt_reward.py checkpoint; several of the latter are averaged",
                             action="extend")
+    ensemble: Literal["mean", "accuracy", "confidence"] = knob(
+        "mean", "weights of several reward models' scores: equal, or by the accuracy or the mean "
+        "margin on held-out rows in their stage.json (BaseReward, Table 7)")
     data: str | None = knob(None, "a benchmark as published, as a file, a folder or a hub id; or "
                             "preference rows: .jsonl, or a training set that common.py knows, "
                             "several separated by commas")
@@ -1565,10 +1612,10 @@ def table(args):
 
 
 def attempts(args, device):
-    """--attempts, R1-Reward's difficulty and cold start: rows with "attempts", how many sampled
-    answers it took until one was right, and K + 1 if none of K is (for --min_attempts of the stages); and
-    with the reasoning of the first right answer as "rationale" (for stage 0). The order shown is a
-    coin; a row with a new rationale is written in that order, so that no name in it has to change.
+    """--attempts, R1-Reward's difficulty and cold start: rows with "attempts", how many answers it
+    took until one was right, K + 1 if none of K is (for --min_attempts of the stages), and with
+    the reasoning of the first right answer as "rationale" (for stage 0). The order shown is a coin;
+    a row with a new rationale is written in that order, so that no name in it has to change.
     DEVIATION: R1-Reward samples at temperature 0, where a second try is the first."""
     model, encoder = common.load(args.model[0], device, frames=args.frames,
                                  max_tiles=args.max_tiles, style=args.style)

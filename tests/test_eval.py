@@ -1072,6 +1072,40 @@ def test_reward_models_are_averaged(run, reward_models):
     assert run("--model", "-0.5", "--data", data, "--json")["overall"] == 0
 
 
+@pytest.mark.parametrize("ensemble, scale", [
+    ("mean", 5.5), ("accuracy", (0.9 * 1 + 0.6 * 10) / 1.5), ("confidence", (3 + 10 * 2) / 5)])
+def test_weights_of_an_ensemble(ensemble, scale, run, reward_models):
+    """kills: weights that do not sum to 1; the figures from before training; equal weights in a
+    ranking; the accuracy in place of the margin."""
+    for name, accuracy, margin in (("1", 0.9, 3), ("10", 0.6, 2)):
+        heldout = {"before": {"accuracy": 0.5, "margin": 0.1},
+                   "after": {"accuracy": accuracy, "margin": margin}}
+        write(f"{name}/stage.json", {"stage": "bt_reward", "heldout": heldout})
+    numbers = [(1, 2), (4, -1), (0, 5)]
+    rows = [row(0, id=f"r{n}", responses=[f"says {a}", f"says {b}"]) for n, (a, b) in
+            enumerate(numbers)]
+    models = "--model", "1", "--model", "10", "--ensemble", ensemble
+    got = run(*models, "--data", write("rows.jsonl", rows), "--out", "o.jsonl", "--json")
+    for pred, (a, b) in zip(lines("o.jsonl"), numbers, strict=True):
+        assert (pred["score_a"], pred["score_b"]) == pytest.approx((scale * a, scale * b))
+    spread = math.sqrt(((1 - 5 / 3) ** 2 + (4 - 5 / 3) ** 2 + (0 - 5 / 3) ** 2) / 2)
+    assert got["scores"] == pytest.approx({
+        "better": scale * 5 / 3, "worse": scale * 2, "gap": -scale / 3,
+        "better_std": scale * spread, "worse_std": scale * 3})
+    sets = write("c.jsonl", [{"id": 1, "prompt": "Which?", "candidates": ["x 0", "x 1"]}])
+    assert run(*models, "--rank", sets)["rewards"][1] == pytest.approx(1 / (1 + math.exp(-scale)))
+
+
+def test_an_ensemble_needs_held_out_figures(run, reward_models):
+    """kills: a weight of 0 for a model that nobody measured; a negative margin as a weight."""
+    data = write("rows.jsonl", [row(0, responses=["says 1", "says 2"])])
+    for heldout in (None, {"after": None}, {"after": {"margin": -0.1}}):
+        write("10/stage.json", {"stage": "bt_reward", "heldout": heldout})
+        write("1/stage.json", {"stage": "bt_reward", "heldout": {"after": {"margin": 1}}})
+        with pytest.raises(SystemExit, match="10/stage.json: has no held-out margin above 0"):
+            run("--model", "1", "--model", "10", "--ensemble", "confidence", "--data", data)
+
+
 @pytest.mark.parametrize("n", [2, 3, 5, 8])
 def test_the_schedule_never_repeats_a_pair(n):
     """kills: independent random opponents; the wrong rotation; rounds as pairs."""
@@ -1359,7 +1393,8 @@ def test_stage_0_learns_from_the_first_right_attempt(bare, style, encoder, monke
 @pytest.mark.parametrize("text, rationale", [
     (thinks("A", "The <type>text</type> is so ."), "The <type>text</type> is so ."),
     (thinks("A", "<caption>x</caption> so ."), None), (thinks("A", " "), None),
-    ("So it is .\n<answer>\nA\n</answer>", None)])
+    ("So it is .\n<answer>\nA\n</answer>", None),
+    ("<think>\nSo it is .\n</think>\nThat is\n<answer>\nA\n</answer>", None)])
 def test_what_stage_0_cannot_learn_is_no_rationale(text, rationale):
     """kills: a rationale for which stage 0 refuses the row; an answer without a reasoning."""
     assert ev.reasoning_of(text, "msrl", common.FORBIDDEN) == rationale
