@@ -24,6 +24,7 @@ import json
 import math
 import random
 import re
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -71,10 +72,11 @@ class Config:
                                 "(BaseReward Table 12: helps where the data is biased, costs a "
                                 "little elsewhere)")
     max_prompt_tokens: int = knob(2048, "rows with a longer prompt are skipped and counted")
-    max_response_tokens: int = knob(1024, "longer responses are cut here; rows whose two responses "
-                                    "are the same after the cut are left out and counted")
-    frames: int = knob(8, "frames per video, evenly spaced")
-    max_tiles: int = knob(12, "tiles per image; fewer save memory")
+    max_response_tokens: int = knob(1024, "longer responses are cut here; rows with a cut response "
+                                    "are counted; if their two responses are the same after the "
+                                    "cut, they are left out")
+    frames: int = knob(8, "frames per video, evenly spaced; a reward model remembers its own")
+    max_tiles: int = knob(12, "tiles per image; fewer save memory; remembered, too")
 
     # the head
     head_layers: int = knob(2, "of the reward head, 1 to 5 (BaseReward Table 2: 2; DT2IT: 1)")
@@ -101,8 +103,10 @@ class Config:
 
     # curation
     curate: str = knob("", "noisy preference rows to clean (DT2IT 3.3); writes curated.jsonl")
-    models: list[str] = knob([], "reward models that vote on the preference strength. A row is "
-                             "kept if the first of them agrees with its label")
+    models: list[str] = knob([], "reward models that vote on the preference strength, two or more. "
+                             "A row is kept if the first of them agrees with its label; with "
+                             "--iterations the first is the loop's own model, and these are the "
+                             "others")
     judges: list[str] = knob([], "generative checkpoints that re-annotate the other rows, in both "
                              "orders; without judges these rows are dropped")
     iterations: int = knob(0, "T of DT2IT's loop: train on --data, curate a T-th of --curate, "
@@ -111,8 +115,8 @@ class Config:
 
     # construction
     construct: str = knob("", 'rows {"id", "task", "prompt", "media", "reference", "responses"} to '
-                          "make preference rows of (DT2IT 3.1). 'responses' holds K responses, or "
-                          "none: then --candidates write them")
+                          "make preference rows of (DT2IT 3.1). 'responses' holds K responses, "
+                          "which stay as they are, or none: then --candidates write them")
     teacher: str = knob("", "generative checkpoint that scores (paper: GPT-5.2)")
     candidates: list[str] = knob([], "generative checkpoints that answer. One of them writes all "
                                  "answers to a prompt, so that style tells nothing (paper: six)")
@@ -126,14 +130,20 @@ class Config:
             raise ValueError("--head_layers is 1 to 5")
         if self.max_response_tokens < 1:
             raise ValueError("--max_response_tokens is at least 1")
+        if self.iterations < 0:
+            raise ValueError("--iterations is 0 (no loop) or more")
         if self.iterations and not self.curate:
             raise ValueError("--iterations needs rows to --curate")
         if self.construct and not (self.teacher and self.candidates):
             raise ValueError("--construct needs a --teacher and --candidates")
         if self.construct and self.samples < 2:
             raise ValueError("--samples is at least 2: one response makes no pair")
-        if self.curate and not (self.models or self.iterations or self.construct):
-            raise ValueError("--curate needs --models: reward models made by this script")
+        # the loop's own model is a voter, too
+        voters = len(set(self.models)) + (self.iterations > 0)
+        if self.curate and not self.construct and voters < 2:
+            raise ValueError("--curate needs two voters, so two --models (with --iterations one): "
+                             "reward models made by this script. A model that votes alone would "
+                             "agree with every label that it has flipped itself")
 
 
 # MSRL A.2: one epoch over "the complete set" of labelled multimodal rows, here those of stages 2
@@ -166,7 +176,10 @@ def add_head(model, settings):
 def settings_of(config):
     """The part of a run's configuration (a dict) that scoring needs, too."""
     names = ("head_layers", "head_activation", "t2i", "length_norm", "max_response_tokens")
-    return {name: config[name] for name in names}
+    settings = {name: config[name] for name in names}
+    settings["frames"] = config.get("frames", 8)  # checkpoints before these were stored had 8, 12
+    settings["max_tiles"] = config.get("max_tiles", 12)
+    return settings
 
 
 def bt_loss(chosen, rejected, zero_coefficient):
@@ -306,7 +319,8 @@ def figures(pairs):
 
 def evaluate(model, encoder, rows, cfg, when):
     """Score the held-out rows and print how many are right. -> describe()'s figures."""
-    result = describe(rows, score_rows(model, encoder, rows, cfg.eval_batch, f"held-out, {when}"))
+    scores = score_rows(model, encoder, rows, cfg.eval_batch, f"held-out, {when}", report=False)
+    result = describe(rows, scores)
     tasks = [f"{task} {f['accuracy']:.1%}" for task, f in result["tasks"].items()]
     if common.rank() == 0:
         tqdm.write(f"held-out, {when}: accuracy {result['accuracy']:.1%} on {len(rows)} rows, "
@@ -396,12 +410,34 @@ def load_pairs(sources, encoder, settings, cfg, exclude=""):
     rows = common.load_rows(sources, reader, "pixels", cfg.max_prompt_tokens, cfg.skip_bad_rows,
                             exclude)
     kept = [row for row in rows if not candidates_are_equal(row, encoder, settings)]
+    limit = settings["max_response_tokens"]
     if common.rank() == 0 and len(kept) < len(rows):
         print(f"{len(rows) - len(kept)} rows left out: their candidates are the same, at "
-              f"{cfg.max_response_tokens} tokens")
+              f"{limit} tokens")
     if not kept:
         raise SystemExit(f"{sources}: no row left; raise --max_response_tokens.")
+    report_cut(kept, encoder, settings, sources)
     return kept
+
+
+def cut_rows(rows, encoder, settings):
+    """-> how many of the rows have a response that cut_ids() cuts."""
+    count = 0
+    for row in rows:
+        texts = [text for _, _, answers in as_texts(row, settings["t2i"]) for text in answers]
+        longest = max(len(encoder.answer_ids(text)) for text in texts)
+        count += longest > settings["max_response_tokens"]
+    return count
+
+
+def report_cut(rows, encoder, settings, what):
+    """Say how many rows have a cut response; on stderr, as eval.py writes JSON to stdout."""
+    if common.rank() > 0:
+        return
+    count = cut_rows(rows, encoder, settings)
+    if count:
+        print(f"{what}: {count} of {len(rows)} rows have a response cut at "
+              f"{settings['max_response_tokens']} tokens", file=sys.stderr)
 
 
 def longer(row):
@@ -431,15 +467,21 @@ def balanced(rows, seed):
 
 
 # ---------------------------------------------------------------------------- scoring, for others
-def load(folder, device="cpu", frames=8, max_tiles=12):
-    """-> reward model in eval mode and its Encoder. Raises SystemExit if there is none."""
+def load(folder, device="cpu", frames=None, max_tiles=None):
+    """-> reward model in eval mode and its Encoder. None: as many frames per video and tiles per
+    image as it was trained with. Raises SystemExit if there is no reward model."""
     head = Path(folder, "reward_head.safetensors")
     if not (head.exists() and Path(folder, "stage.json").exists()):
         raise SystemExit(f"{folder}: no reward model (no reward_head.safetensors and stage.json). "
                          "`python bt_reward.py` makes one.")
-    model, encoder = common.load(folder, device, "runs/bt_reward", frames=frames,
-                                 max_tiles=max_tiles)
-    add_head(model, settings_of(common.stage_of(folder)["config"]))
+    settings = settings_of(common.stage_of(folder)["config"])
+    if frames is not None:
+        settings["frames"] = frames
+    if max_tiles is not None:
+        settings["max_tiles"] = max_tiles
+    model, encoder = common.load(folder, device, "runs/bt_reward", frames=settings["frames"],
+                                 max_tiles=settings["max_tiles"])
+    add_head(model, settings)
     model.reward_head.load_state_dict(load_file(head))
     return model.eval(), encoder
 
@@ -467,9 +509,12 @@ def score_all(model, encoder, rows, batch_size=64, desc="scoring"):
     return [scores for _, scores in sorted(common.gather_list(found))]
 
 
-def score_rows(model, encoder, rows, batch_size=64, desc="scoring"):
+def score_rows(model, encoder, rows, batch_size=64, desc="scoring", report=True):
     """-> (score of A, score of B) for every preference row. Two media in one prompt (--t2i pair)
-    are shown in both orders, and the means count."""
+    are shown in both orders, and the means count. `report`: say how many rows have a response that
+    is cut."""
+    if report:
+        report_cut(rows, encoder, model.settings, desc)
     scores = score_all(model, encoder, rows, batch_size, desc)
     pairs = []  # places of the rows with two media in one prompt
     if model.settings["t2i"] == "pair":
@@ -492,48 +537,88 @@ def score_texts(model, encoder, items, batch_size=64, desc="scoring"):
         else:
             raise SystemExit("this reward model compares two images or videos (--t2i pair) and "
                              "cannot score one alone; train one with --t2i swap.")
+    report_cut(rows, encoder, model.settings, desc)
     return [scores[0] for scores in score_all(model, encoder, rows, batch_size, desc)]
+
+
+SCHEMES = ("rule", "model", "hybrid")
 
 
 @torch.no_grad()
 def group_rewards(model, encoder, item, responses, scheme="hybrid", reference=None,
                   max_new_tokens=512):
     """G answers to one prompt -> G rewards, to train another model with (BaseReward C).
-    `item` is {"task", "prompt", "media"}; a generation task raises ValueError.
+    `item` is {"task", "prompt", "media"}.
 
         "rule"      1 if the answer is the reference, else 0
         "model"     its score by a reward model (load), or by a judge (common.load): the share
                     of the other answers that the judge prefers it to
         "hybrid"    1 if it is the reference, else sigmoid(score); a judge's share needs no sigmoid
-    """
+
+    An answer is ill-formed if it is empty or holds one of our tags or a special token of the model,
+    which no template may show. It is not scored and gets the least reward there is (UNSPECIFIED):
+    0, or, as the scores of a reward model have no least one, under "model" the least score of the
+    others (0 if there are none). A judge's share counts it as beaten by every well-formed answer.
+    A reward model reads the first max_response_tokens of an answer. Raises ValueError for another
+    scheme, for "rule" without a reference, and for a generation task."""
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme {scheme!r} is unknown; use one of {', '.join(SCHEMES)}")
+    if scheme == "rule" and reference is None:
+        raise ValueError("scheme 'rule' compares with a reference; give one")
     if item["task"].endswith("generation"):
         raise ValueError(f"{item['task']}: texts are rewarded, not images or videos")
-    matches = [0.0] * len(responses)
-    if reference is not None:
-        matches = [float(answer.strip() == reference.strip()) for answer in responses]
-    if scheme == "rule":
-        return matches
-    if hasattr(model, "reward_head"):
-        scores = score_batch(model, encoder, [{**item, "responses": list(responses)}])
-        bounded, scores = scores.sigmoid().tolist(), scores.tolist()
-    else:
-        scores = shares_preferred(model, encoder, item, responses, max_new_tokens)
-        bounded = scores
-    if scheme == "model":
-        return scores
-    return [match or score for match, score in zip(matches, bounded, strict=True)]
+    formed = []  # places of the well-formed answers
+    for i, answer in enumerate(responses):
+        if well_formed(answer, encoder):
+            formed.append(i)
+    rewards = [0.0] * len(responses)
+    if scheme != "rule" and formed:
+        texts = [responses[i] for i in formed]
+        if hasattr(model, "reward_head"):
+            scores, least = model_rewards(model, encoder, item, texts, scheme)
+        else:
+            beaten = len(responses) - len(formed)
+            scores = shares_preferred(model, encoder, item, texts, max_new_tokens, beaten)
+            least = 0.0
+        rewards = [least] * len(responses)
+        for i, score in zip(formed, scores, strict=True):
+            rewards[i] = score
+    if scheme != "model" and reference is not None:
+        for i in formed:
+            if responses[i].strip() == reference.strip():
+                rewards[i] = 1.0
+    return rewards
 
 
-def shares_preferred(model, encoder, item, responses, max_new_tokens):
-    """A judge compares all pairs of G answers in both orders -> for each answer the share of its
-    comparisons that it wins, in [0, 1]. UNSPECIFIED: no verdict is half a win for both."""
+def well_formed(answer, encoder):
+    """False for a text that common.check_text() refuses."""
+    try:
+        common.check_text("answer", answer, encoder.forbidden)
+    except common.BadRow:
+        return False
+    return True
+
+
+def model_rewards(model, encoder, item, texts, scheme):
+    """-> a reward model's rewards for n texts, and the least reward that any text can have."""
+    scores = score_batch(model, encoder, [{**item, "responses": texts}])
+    if scheme == "hybrid":
+        return scores.sigmoid().tolist(), 0.0
+    return scores.tolist(), scores.min().item()
+
+
+def shares_preferred(model, encoder, item, responses, max_new_tokens, beaten=0):
+    """A judge compares all pairs of n answers in both orders -> for each answer the share of its
+    comparisons that it wins, in [0, 1]. `beaten` is the number of further answers, not shown to the
+    judge, that each of the n wins against. UNSPECIFIED: no verdict is half a win for both."""
     pairs = list(combinations(range(len(responses)), 2))
     rows = []
     for i, j in pairs:
         rows.append({**item, "id": str((i, j)), "captions": [], "tokens": 0, "label": "A",
                      "responses": [responses[i], responses[j]]})
-    comparisons = 2 * (len(responses) - 1)  # per answer
-    shares = [0.0] * len(responses)
+    others = len(responses) - 1 + beaten
+    comparisons = max(1, 2 * others)  # per answer
+    shares = [2 * beaten / comparisons] * len(responses)
     for pred in common.judge(model, encoder, rows, sample_group, max_new_tokens=max_new_tokens):
         i, j = pairs[pred["at"]]
         won = {"A": 1.0, "B": 0.0, None: 0.5}[pred["pred"]]
@@ -573,18 +658,20 @@ def answers_file(out, folder):
 
 
 def scores_by(folder, rows, cfg, device, out):
-    """-> (score of A, score of B) for each row, by the reward model in `folder`."""
-    args = {"frames": cfg.frames, "max_tiles": cfg.max_tiles}
+    """-> (score of A, score of B) for each row, by the reward model in `folder`, which sees as
+    many frames and tiles as it was trained with."""
+    what = f"scores of {folder}"
 
     @cache  # loaded once, and only if a row is left to score
     def reward_model():
-        return load(folder, device, **args)
+        model, encoder = load(folder, device)
+        report_cut(rows, encoder, model.settings, what)  # once, not for every chunk
+        return model, encoder
 
     def work(chunk, at):
-        return score_rows(*reward_model(), chunk, cfg.eval_batch, f"scores of {folder}")
+        return score_rows(*reward_model(), chunk, cfg.eval_batch, what, report=False)
 
-    return common.resumed(answers_file(out, folder), {"model": common.stamps(folder), **args}, rows,
-                          work)
+    return common.resumed(answers_file(out, folder), {"model": common.stamps(folder)}, rows, work)
 
 
 def verdicts_by(folder, rows, cfg, device, out):
@@ -709,7 +796,7 @@ def listed(counts):
 
 def curate_file(cfg, device):
     """Curate the rows of --curate once. Raises SystemExit if no row is left."""
-    model, encoder = load(cfg.models[0], device, cfg.frames, cfg.max_tiles)
+    model, encoder = load(cfg.models[0], device)
     rows = load_pairs(cfg.curate, encoder, model.settings, cfg, cfg.exclude)
     del model  # it is loaded again when its turn comes
     if not curate(rows, cfg.models, cfg.models[0], cfg.judges, cfg, device, cfg.out):
@@ -806,7 +893,8 @@ def agreed(listwise, pointwise):
 
 def ask(checkpoint, row, texts, n, cfg, rng, temperature=1.0, noise=0.0):
     """Ask (model, encoder) each text about the row's media -> n answers to the first text, n to
-    the next. Each call draws one seed from `rng`. `noise` on the media is in stds of a pixel."""
+    the next; None for an answer that --judge_tokens cut. Each call draws one seed from `rng`.
+    `noise` on the media is in stds of a pixel."""
     model, encoder = checkpoint
     seed = rng.randrange(2**31)
     prompts = []
@@ -820,58 +908,81 @@ def ask(checkpoint, row, texts, n, cfg, rng, temperature=1.0, noise=0.0):
         prompts.append(prompt)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     rollout = sample_group(model, encoder, prompts, n, temperature, cfg.judge_tokens, generator)
-    return [encoder.decode(ids) for group in rollout.ids for ids in group]
+    answers = []
+    for group in rollout.ids:
+        for ids in group:
+            ended = len(ids) > 0 and ids[-1] in encoder.eos_ids
+            answers.append(encoder.decode(ids) if ended else None)
+    return answers
+
+
+def complete(answers, outcomes):
+    """The answers that were not cut: half an answer is no worse one, it is none. The others are
+    counted in the Counter `outcomes`."""
+    whole = [answer for answer in answers if answer is not None]
+    if len(whole) < len(answers):
+        outcomes["cut answers dropped"] += len(answers) - len(whole)
+    return whole
 
 
 def teacher_scores(row, groups, models, cfg, rng):
-    """-> for each group of responses their scores S, or None if the teacher's text is malformed."""
+    """-> for each group of responses their scores S, or None if the teacher's text is malformed or
+    cut."""
     questions = []
     for group in groups:
         shown = [f"### Response {i}:\n{text}" for i, text in enumerate(group, 1)]
         questions.append(SCORING.format(question=row["prompt"], reference=row["reference"],
                                         responses="\n\n".join(shown)))
     texts = ask(models[cfg.teacher], row, questions, 1, cfg, rng, temperature=0.0)
-    return [overall(text, len(group)) for text, group in zip(texts, groups, strict=True)]
+    return [overall(text or "", len(group)) for text, group in zip(texts, groups, strict=True)]
 
 
 def replace_some(row, responses, scores, writer, helper, cfg, rng):
-    """Step 4: if all responses are bad or all are good, replace some. -> responses, what was done.
-    UNSPECIFIED: the new ones replace as many, and all are scored again."""
+    """Step 4: if all responses are bad or all are good, write some to replace as many. -> the
+    new answers (None for a cut one), what was done. UNSPECIFIED: how many; all are scored again."""
     if scores and max(scores) <= cfg.low:
         known = f"{row['prompt']}\nThe answer is known: {row['reference']}"
-        return responses[1:] + ask(helper, row, [known], 1, cfg, rng), "all low"
+        return ask(helper, row, [known], 1, cfg, rng), "all low"
     if scores and min(scores) >= cfg.high and row["media"]:
         half = len(responses) // 2
-        noised = ask(writer, row, [row["prompt"]], half, cfg, rng, noise=cfg.noise)
-        return responses[half:] + noised, "all high"
-    return responses, "as they were"
+        return ask(writer, row, [row["prompt"]], half, cfg, rng, noise=cfg.noise), "all high"
+    return [], "as they were"
 
 
 def pairs_of(row, models, cfg):
     """DT2IT 3.1, steps 2 to 5, for one row; `models` are {folder: (model, encoder)}. -> its
-    preference rows, and what was done."""
+    preference rows, and what was done: {outcome: 1, "cut answers dropped": how many}."""
     rng = random.Random(f"{cfg.seed}:{row['id']}")
+    outcomes = Counter()
     # one model writes them all: the better one is not known by its style
     writer, helper = models[rng.choice(cfg.candidates)], models[rng.choice(cfg.candidates)]
     responses = row["responses"]
     if not responses:                                                                  # step 2
         # DEVIATION: the paper samples hot and with a nucleus, ours at temperature 1 without
-        responses = ask(writer, row, [row["prompt"]], cfg.samples, cfg, rng)
+        responses = complete(ask(writer, row, [row["prompt"]], cfg.samples, cfg, rng), outcomes)
+        if len(responses) < 2:
+            return [], outcomes + Counter(["too few whole answers"])
     listwise, = teacher_scores(row, [responses], models, cfg, rng)                     # step 3
-    responses, done = replace_some(row, responses, listwise, writer, helper, cfg, rng)  # step 4
-    if done != "as they were":
-        listwise, = teacher_scores(row, [responses], models, cfg, rng)
+    done = "as they were"
+    # UNSPECIFIED: responses that came with the row. The paper lets their own writer add the worse
+    # ones, so that style tells nothing; here it is not known, so these stay as they are.
+    if not row["responses"]:                                                           # step 4
+        new, done = replace_some(row, responses, listwise, writer, helper, cfg, rng)
+        new = complete(new, outcomes)
+        if new:
+            responses = responses[len(new):] + new
+            listwise, = teacher_scores(row, [responses], models, cfg, rng)
     alone = [[response] for response in responses]
     pointwise = teacher_scores(row, alone, models, cfg, rng)                           # step 5
     if listwise is None or None in pointwise:  # DEVIATION: the released script tries 3 times
-        return [], "malformed scores"
+        return [], outcomes + Counter(["malformed scores"])
     pairs = []
     for i, j in agreed(listwise, [score for score, in pointwise]):
         pair = common.better_first(f"{row['id']}/{i}-{j}", row["prompt"], responses[i],
                                    responses[j], row["task"], row["media"], source="constructed")
         if responses[i] != responses[j] and usable(pair, models):
             pairs.append(pair)
-    return pairs, done
+    return pairs, outcomes + Counter([done])
 
 
 def usable(pair, models):
@@ -931,7 +1042,7 @@ def construct(cfg, device):
     pairs, outcomes = [], Counter()
     for made, done in common.resumed(out / "groups.jsonl", made_by, rows, work, chunk=16):
         pairs += made
-        outcomes[done] += 1
+        outcomes.update(done)
     if common.rank() == 0:
         common.write_lines(out / "pairs.jsonl", pairs)
         print(f"{out}/pairs.jsonl: {len(pairs)} pairs of {len(rows)} rows: {listed(outcomes)}")

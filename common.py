@@ -27,7 +27,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, permutations
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -654,6 +654,46 @@ def kept_medium(medium):
     return medium
 
 
+def better_pairs(scores):
+    """Scores of several candidates, the larger the better -> (place of the better, place of the
+    worse) of every two that differ. None is no score."""
+    for i, j in permutations(range(len(scores)), 2):
+        if None not in (scores[i], scores[j]) and scores[i] > scores[j]:
+            yield i, j
+
+
+def mean_of(values):
+    """The mean of numbers, also written as texts; None if one of them is no number."""
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError):
+        return None
+    if not numbers or not math.isfinite(sum(numbers)):
+        return None
+    return sum(numbers) / len(numbers)
+
+
+SPEAKERS = {"human": "User", "gpt": "Assistant"}  # others are called by their role
+
+
+def spoken(turns):
+    """Turns {"role", "content"} or {"from", "value"} -> one text: the content of a single turn, or
+    each turn after its speaker."""
+    said = []
+    for turn in turns:
+        role = turn.get("role") or turn["from"]
+        speaker = SPEAKERS.get(role, role.capitalize())
+        said.append((speaker, turn["content"] if "content" in turn else turn["value"]))
+    if len(said) == 1:
+        return said[0][1]
+    return "\n\n".join(f"{speaker}: {text}" for speaker, text in said)
+
+
+def without_places(text):
+    """The text without its <image> and <video>; render() says where the media go."""
+    return re.sub(r"\s*<(image|video)>\s*", " ", text).strip()
+
+
 def from_helpsteer3(r, where):
     """nvidia/HelpSteer3, config `preference`. A NEGATIVE overall_preference means that response 1
     is better; 0 is a tie and is dropped. The rationale is that of an annotator who agrees with the
@@ -662,8 +702,7 @@ def from_helpsteer3(r, where):
         return
     prompt = r["context"]
     if not isinstance(prompt, str):
-        turns = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in prompt]
-        prompt = prompt[0]["content"] if len(prompt) == 1 else "\n\n".join(turns)
+        prompt = spoken(prompt)
     first_wins = r["overall_preference"] < 0
     better, worse = r["response1"], r["response2"]
     if not first_wins:
@@ -743,21 +782,144 @@ def held_out(video):
 
 def from_chosen_rejected(r, where):
     """A question, a better and a worse text, and at most one image or video: RLAIF-V, MM-RLHF's
-    dpo_pairs.jsonl, ShareGPTVideo's sft_dpo_17k.jsonl (its video is a folder of frames)."""
+    dpo_pairs.jsonl, ShareGPTVideo's sft_dpo_17k.jsonl (its video is a folder of frames), MMPR
+    (whose image may be None or a list), llamafactory/ultrafeedback_binarized."""
     if r.get("is_tie"):
         return
     kind = "image" if "image" in r else None
+    if "question" in r and "ds_name" not in r:
+        r = {**r, "image": _one_image(r)}  # MMPR
+        kind = "image" if r["image"] else None
     if r.get("video"):
         kind = "video"
     source = "RLAIF-V" if "ds_name" in r else "MM-RLHF" if "chosen_reason" in r else ""
     if kind == "video" and not source and held_out(r["video"]):
         return  # ShareGPTVideo: eval.py judges these
-    prompt = re.sub(r"\s*<(image|video)>\s*", " ", r.get("question") or r["prompt"]).strip()
-    yield better_first(f"{source or 'pair'}/{r.get('idx', r.get('id', ''))}/{where}", prompt,
-                       r["chosen"], r["rejected"],
+    prompt = r.get("question") or r.get("instruction") or r["prompt"]
+    yield better_first(f"{source or 'pair'}/{r.get('idx', r.get('id', ''))}/{where}",
+                       without_places(prompt), r["chosen"], r["rejected"],
                        task=f"{kind}_understanding" if kind else "text",
                        media=[r[kind]] if kind else [], source=source,
                        subset=str(r.get("subset") or r.get("origin_dataset") or ""))
+
+
+def _one_image(r):
+    """The image of an MMPR row, None if it is about no image. Raises BadRow if there are several,
+    or if the question speaks of one that is missing."""
+    images = r.get("image") or []
+    if not isinstance(images, list):
+        images = [images]
+    if len(images) > 1:
+        raise BadRow(f"has {len(images)} images; a row takes one, leave it out")
+    if not images and "<image>" in r["question"]:
+        raise BadRow("lacks one of its images or videos")
+    return images[0] if images else None
+
+
+def from_messages(r, where):
+    """Tulu-3's and OLMo-2's preference mixtures: `chosen` and `rejected` are whole conversations
+    [{"role", "content"}, ...], the same up to the last answer."""
+    rating = r.get("chosen_rating")  # OLMo-2; often None
+    if rating is not None and rating == r.get("rejected_rating"):
+        return
+    (*turns, better), (*others, worse) = r["chosen"], r["rejected"]
+    if turns != others:
+        raise BadRow("has two conversations that differ before the last answer")
+    yield better_first(f"messages/{r.get('id', '')}/{where}", spoken(turns), better["content"],
+                       worse["content"], source=r.get("source") or "")
+
+
+def from_conversations(r, where):
+    """Turns {"from", "value"} about one image. POVID: a second conversation with the worse answer
+    in "rejected_conversations"; Zhihui/VLFeedback: the last turn in "chosen" and "rejected"."""
+    if "rejected_conversations" in r:
+        image = r["image"]
+        (*turns, better), (*others, worse) = r["conversations"], r["rejected_conversations"]
+        if without_places(spoken(turns)) != without_places(spoken(others)):
+            raise BadRow("has two conversations that differ before the last answer")
+    else:
+        image, = r["images"]
+        turns, better, worse = r["conversations"], r["chosen"], r["rejected"]
+    yield better_first(f"conversations/{r.get('id', '')}/{where}", without_places(spoken(turns)),
+                       better["value"], worse["value"], "image_understanding", [image])
+
+
+def from_rated_completions(r, where):
+    """VLFeedback (about an image) and openbmb/UltraFeedback (text): several completions, each rated
+    on some aspects; all pairs whose mean ratings differ. A completion with a rating that is no
+    number is left out. UltraFeedback's overall_score is not used: some bad answers have a 10."""
+    completions = r["completions"]
+    if isinstance(completions, dict):  # what `datasets` makes of a list of structs
+        keys, columns = completions.keys(), completions.values()
+        completions = [dict(zip(keys, values, strict=True))
+                       for values in zip(*columns, strict=True)]
+    scores = []
+    for completion in completions:
+        aspects = completion["annotations"].values()
+        scores.append(mean_of([aspect["Rating"] for aspect in aspects]))
+    if "instruction" in r:
+        name, prompt, task, media = "UltraFeedback", r["instruction"], "text", []
+    else:
+        name, prompt, task = "VLFeedback", without_places(r["prompt"]), "image_understanding"
+        media = [r.get("img_path") or r.get("image")]
+    for i, j in better_pairs(scores):
+        yield better_first(f"{name}/{r.get('id', '')}/{where}/{i}-{j}", prompt,
+                           completions[i]["response"], completions[j]["response"], task, media,
+                           source=name, margin=scores[i] - scores[j])
+
+
+def from_wildvision(r, where):
+    """WildVision/wildvision-battle: two conversations about an image and a human's vote.
+    UNSPECIFIED: what the papers do where the two differ before the last answer; such rows are left
+    out, for their last answers are to two prompts."""
+    if r["winner"] not in ("model_a", "model_b", "tie", "tie (bothbad)"):
+        raise BadRow(f"has the unknown winner {r['winner']!r}")
+    (*turns, better), (*others, worse) = r["conversation_a"], r["conversation_b"]
+    if r["winner"].startswith("tie") or turns != others:
+        return
+    if r["winner"] == "model_b":
+        better, worse = worse, better
+    yield better_first(f"wildvision/{r.get('question_id', '')}/{where}",
+                       without_places(spoken(turns)), better["content"], worse["content"],
+                       "image_understanding", [r["image"]], source="WildVision-Battle")
+
+
+def from_hpdv2(r, where):
+    """ymhao/HPDv2. train.json: two images, 1 for the preferred one, 0 for the other. test.json:
+    many images and their ranks, the lower the better. They lie in train/ and test/ beside the
+    file."""
+    if "human_preference" in r:
+        folder, files, scores = "train", r["file_path"], r["human_preference"]
+    else:
+        folder, files, scores = "test", r["image_path"], [-rank for rank in r["rank"]]
+    for i, j in better_pairs(scores):
+        media = [f"{folder}/{Path(files[k]).name}" for k in (i, j)]
+        yield better_first(f"hpdv2/{where}/{i}-{j}", r["prompt"], *media, "image_generation",
+                           source="HPDv2")
+
+
+def by_prompt(rows):
+    """The rows of a .json file -> (place, row). EvalMuse-40K rates its images one by one: those of
+    a prompt become one row {"prompt", "rated_images"}, at the place of the first."""
+    rated = {}
+    for i, row in enumerate(rows):
+        if isinstance(row, dict) and {"prompt", "img_path", "total_score"} <= row.keys():
+            rated.setdefault(str(row["prompt"]), (i, []))[1].append(row)
+        else:
+            yield i, row
+    for prompt, (i, images) in rated.items():
+        yield i, {"prompt": prompt, "rated_images": images}
+
+
+def from_evalmuse(r, where):
+    """EvalMuse-40K's train_list.json, after by_prompt(): all pairs of a prompt's images whose mean
+    scores differ. UNSPECIFIED: how DT2IT makes pairs of its scores."""
+    images = r["rated_images"]
+    scores = [mean_of(image["total_score"]) for image in images]
+    for i, j in better_pairs(scores):
+        yield better_first(f"evalmuse/{where}/{i}-{j}", r["prompt"], images[i]["img_path"],
+                           images[j]["img_path"], "image_generation", source="EvalMuse-40K",
+                           margin=scores[i] - scores[j])
 
 
 def from_vision_feedback(r, where):
@@ -885,6 +1047,10 @@ def _styles(r):
     return isinstance(r["chosen"], list)
 
 
+def _messages(r):
+    return _styles(r) and r["chosen"] and isinstance(r["chosen"][0], dict)
+
+
 # A published row is known by its columns, and where these are shared by what they hold.
 PUBLISHED = (
     ({"overall_preference", "response1", "response2"}, None, from_helpsteer3),
@@ -894,14 +1060,24 @@ PUBLISHED = (
     ({"Output1", "Output2", "Better"}, None, from_multimodal_rewardbench),
     ({"prompt", "left_image", "right_image"}, None, from_genai_bench),
     ({"prompt", "left_video", "right_video"}, None, from_genai_bench),
+    ({"conversations", "rejected_conversations"}, None, from_conversations),
+    ({"conversations", "chosen", "rejected"}, None, from_conversations),
     ({"conversations", "image"}, None, from_vision_feedback),
+    ({"prompt", "completions"}, None, from_rated_completions),
+    ({"instruction", "completions"}, None, from_rated_completions),
+    ({"conversation_a", "conversation_b", "winner"}, None, from_wildvision),
+    ({"prompt", "file_path", "human_preference"}, None, from_hpdv2),
+    ({"prompt", "image_path", "rank"}, None, from_hpdv2),
+    ({"prompt", "rated_images"}, None, from_evalmuse),
     ({"prompt", "image1", "image2"}, None, from_rapidata),
     ({"prompt", "file_name1", "file_name2"}, None, from_rapidata),
     ({"video1", "video2", "frame_caption"}, None, from_videodpo),
     ({"prompt", "chosen", "rejected", "evolution"}, None, from_open_image_preferences),
+    ({"chosen", "rejected"}, _messages, from_messages),
     ({"prompt", "chosen", "rejected", "id"}, _styles, from_rm_bench),
     ({"prompt", "chosen", "rejected"}, _texts, from_chosen_rejected),
-    ({"question", "chosen", "rejected"}, _texts, from_chosen_rejected))
+    ({"question", "chosen", "rejected"}, _texts, from_chosen_rejected),
+    ({"instruction", "chosen", "rejected"}, _texts, from_chosen_rejected))
 
 
 def convert(raw, where):
@@ -991,7 +1167,7 @@ def file_rows(path):
         with opener(path, "rt", encoding="utf-8", errors="surrogateescape") as file:
             if ".json" in path.suffixes:
                 array = json.load(file)
-                for i, row in enumerate(array if isinstance(array, list) else [array]):
+                for i, row in by_prompt(array if isinstance(array, list) else [array]):
                     yield f"{path}:[{i}]", row
                 return
             for number, line in enumerate(file, 1):
@@ -1215,7 +1391,7 @@ class Encoder:
 
     def __init__(self, folder, config, frames=8, max_tiles=12, style="msrl"):
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.frames, self.max_tiles, self.style = frames, max_tiles, style
+        self.frames, self.max_tiles, self.style = frames or 8, max_tiles or 12, style
         self.image_token_id = getattr(config, "image_token_id", None)
         self.special_tokens = tuple(self.tokenizer.all_special_tokens)
         self.forbidden = tuple(dict.fromkeys(FORBIDDEN + self.special_tokens))  # in users' texts

@@ -1458,8 +1458,9 @@ class Config:
         "the one the judge was trained with, else msrl")
     max_prompt_tokens: int = knob(16_384, "longer prompts are not judged, which counts as wrong; "
                                   "never cut")
-    frames: int = knob(8, "frames per video (the paper's: 8)")
-    max_tiles: int = knob(12, "tiles per image (InternVL: 12)")
+    frames: int | None = knob(None, "frames per video; default: those that a reward model was "
+                              "trained with, 8 for a judge (the paper's)")
+    max_tiles: int | None = knob(None, "tiles per image; default: as above, 12 (InternVL's)")
 
     # sampling and votes
     votes: int = knob(1, "K sampled answers per order, majority wins (paper: voting@16), with "

@@ -170,6 +170,46 @@ def test_pairs_that_a_limit_makes_equal_are_left_out_and_counted(world, tmp_path
     assert len(answers[0]) == 4 and answers[0][-1] == encoder.eos_id
 
 
+def test_rows_with_a_cut_response_are_counted(tmp_path, reward_model, capsys):
+    # "red ." and its end are three tokens. kills: responses counted instead of rows, an answer that
+    # just fits, the worse or the first response alone, a count for each chunk or order
+    model, encoder = reward_model
+    long, short = "it is red and blue .", "red ."
+    assert len(encoder.answer_ids(short)) == 3
+    pairs = [(long, short), (short, long), (long + " so .", long), (short, "blue .")]
+    rows = [{"id": str(i), "task": "text", "prompt": "say", "label": "A", "media": [],
+             "responses": list(pair)} for i, pair in enumerate(pairs)]
+    common.write_lines(tmp_path / "rows.jsonl", rows)
+    model.settings["max_response_tokens"] = 3
+    source = str(tmp_path / "rows.jsonl")
+    kept = bt.load_pairs(source, encoder, model.settings, bt.Config())
+    cut = "{} of {} rows have a response cut at 3 tokens"
+    assert len(kept) == 3 and f"{source}: {cut.format(2, 3)}" in capsys.readouterr().err
+    bt.score_rows(model, encoder, rows, batch_size=1)
+    assert capsys.readouterr().err.count(cut.format(3, 4)) == 1
+    items = [{**row, "response": row["responses"][0]} for row in rows]
+    bt.score_texts(model, encoder, items, batch_size=1)
+    assert capsys.readouterr().err.count(cut.format(2, 4)) == 1
+    model.settings["max_response_tokens"] = 64
+    bt.score_rows(model, encoder, rows)
+    assert "cut" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change, complaint", [
+    ({"iterations": -1}, "iterations is 0"), ({"iterations": 2}, "two voters"),
+    ({"models": ["a"]}, "two voters"), ({"models": ["a", "a"]}, "two voters"),
+    ({"models": ["a", "b"]}, None), ({"iterations": 2, "models": ["a"]}, None)])
+def test_no_model_votes_on_itself_alone(change, complaint):
+    # kills: the loop's model as the only voter, who then agrees with its own flips; one model
+    # named twice; a negative number of iterations
+    cfg = bt.Config(curate="rows.jsonl", **change)
+    if complaint is None:
+        cfg.check()
+    else:
+        with pytest.raises(ValueError, match=complaint):
+            cfg.check()
+
+
 def test_length_balance():
     # kills: longer by position instead of by label, nothing dropped, equals dropped
     text = {1: ["long text", "x"], -1: ["x", "long text"], 0: ["same", "size"]}
@@ -194,11 +234,13 @@ def test_the_lower_half_of_the_negatives_is_flipped(strengths, want):
 
 def fake_models(monkeypatch, scores, verdicts):
     """scores {model: {id: (a, b)}} and verdicts {judge: {id: (pred in AB, pred in BA)}}."""
-    monkeypatch.setattr(bt, "load", lambda folder, *_, **__: (folder, None))
+    monkeypatch.setattr(bt, "load", lambda folder, *_, **__: (
+        SimpleNamespace(name=folder, settings=None), None))
     judge = SimpleNamespace(check=lambda row, form: 9 if row["id"] == "long" else 5)
     monkeypatch.setattr(common, "load", lambda folder, *_, **__: (folder, judge))
-    monkeypatch.setattr(bt, "score_rows", lambda model, _, rows, *more: [
-        scores[model][r["id"]] for r in rows])
+    monkeypatch.setattr(bt, "report_cut", lambda *_: None)
+    monkeypatch.setattr(bt, "score_rows", lambda model, _, rows, *more, **kind: [
+        scores[model.name][r["id"]] for r in rows])
     monkeypatch.setattr(common, "judge", lambda model, _, rows, *more, **kind: [
         {"at": i, "pred": p} for i, r in enumerate(rows) for p in verdicts[model][r["id"]]])
 
@@ -243,9 +285,9 @@ def test_curation_by_hand(tmp_path, monkeypatch):
     assert bt.curate(rows, ["own", "peer"], "own", ["j1", "j2"], cfg, "cpu", tmp_path) == kept
     with pytest.raises(SystemExit, match="other rows"):
         bt.curate(rows[1:], ["own", "peer"], "own", [], cfg, "cpu", tmp_path)
-    cfg.frames = 4  # another look at the rows is another score
-    with pytest.raises(SystemExit, match="frames 8 -> 4"):
-        bt.curate(rows, ["own", "peer"], "own", [], cfg, "cpu", tmp_path)
+    cfg.frames = 4  # another look at the rows is another verdict; scores see what they always saw
+    with pytest.raises(SystemExit, match="by-j1.jsonl.*frames 8 -> 4"):
+        bt.curate(rows, ["own", "peer"], "own", ["j1"], cfg, "cpu", tmp_path)
 
 
 def test_what_a_judge_was_trained_to_say_is_what_it_is_asked(tmp_path):
@@ -318,15 +360,45 @@ def test_schemes_for_a_group(monkeypatch):
     # kills: hybrid without the sigmoid, a match scored by the model
     monkeypatch.setattr(bt, "score_batch", lambda m, e, rows: torch.tensor([4.0, -1.0, 0.5]))
     item = {"task": "text", "prompt": "p", "media": []}
-    model = SimpleNamespace(reward_head=None)
+    model, encoder = SimpleNamespace(reward_head=None), SimpleNamespace(forbidden=())
 
     def get(scheme, reference="red ."):
-        return bt.group_rewards(model, None, item, ["a", " red .", "b"], scheme, reference)
+        return bt.group_rewards(model, encoder, item, ["a", " red .", "b"], scheme, reference)
     assert get("rule") == [0, 1, 0] and get("model") == [4, -1, 0.5]
     assert get("hybrid") == pytest.approx([0.9820138, 1.0, 0.6224593])
     assert get("hybrid", None) == pytest.approx([0.9820138, 0.2689414, 0.6224593])
     with pytest.raises(ValueError, match="image_generation"):
-        bt.group_rewards(model, None, {**item, "task": "image_generation"}, ["a"])
+        bt.group_rewards(model, encoder, {**item, "task": "image_generation"}, ["a"])
+    # kills: any other scheme taken for hybrid, zeros for a rule without a reference
+    with pytest.raises(ValueError, match="'best'.*rule, model, hybrid"):
+        get("best")
+    with pytest.raises(ValueError, match="reference"):
+        get("rule", None)
+
+
+@pytest.mark.parametrize("task", ["text", "image_understanding"])
+def test_an_ill_formed_answer_gets_the_least_reward(world, reward_model, task):
+    # kills: a crash for an image token, a forged tag scored, the others' scores moved by one place,
+    # 0 under "model" though all scores are below it
+    model, encoder = reward_model
+    with torch.no_grad():
+        model.reward_head[-1].bias.sub_(50)
+    rows = rows_of(world, "mm_rl", encoder) + rows_of(world, "text_rl", encoder)
+    row = [r for r in rows if r["task"] == task][0]
+    item = {key: row[key] for key in ("task", "prompt", "media")}
+    answers = ["", "red .", "<IMG_CONTEXT>", "it is red .", " ", "<answer>A</answer>",
+               f"blue {encoder.tokenizer.eos_token} ."]
+    bad = [0, 2, 4, 5, 6]
+    alone = bt.group_rewards(model, encoder, item, ["red .", "it is red ."], "model")
+    assert max(alone) < 0
+    got = bt.group_rewards(model, encoder, item, answers, "model")
+    assert [got[1], got[3]] == pytest.approx(alone, abs=1e-4)
+    assert [got[i] for i in bad] == [min(got[1], got[3])] * 5
+    got = bt.group_rewards(model, encoder, item, answers, "hybrid", "it is red .")
+    assert got[3] == 1 and got[1] > 0 and [got[i] for i in bad] == [0] * 5
+    assert bt.group_rewards(model, encoder, item, answers, "rule", "red .") == [0, 1, 0, 0, 0, 0, 0]
+    for scheme in ("model", "hybrid"):
+        assert bt.group_rewards(model, encoder, item, ["", " "], scheme) == [0, 0]
 
 
 def test_a_judge_as_the_reward_of_a_group(monkeypatch):
@@ -346,12 +418,18 @@ def test_a_judge_as_the_reward_of_a_group(monkeypatch):
         return preds
     monkeypatch.setattr(common, "judge", judge)
 
-    def get(scheme, reference=None):
+    encoder = SimpleNamespace(forbidden=common.FORBIDDEN)
+
+    def get(scheme, reference=None, answers=tuple("abdc")):
         item = {"task": "text", "prompt": "p", "media": []}
-        return bt.group_rewards(None, None, item, list("abdc"), scheme, reference)
+        return bt.group_rewards(None, encoder, item, answers, scheme, reference)
     # b and c tie; of d's three pairs it stands first in the one with c, and gets half of that
     assert get("model") == pytest.approx([1, 1.5 / 3, 0.5 / 3, (0.5 + 0.5) / 3])
     assert get("hybrid", "b") == pytest.approx([1, 1, 0.5 / 3, 1 / 3])
+    # kills: a tag shown to the judge; an answer that beats nothing but ill-formed ones without a
+    # reward. Of two others a wins against b and "<think>", b against "<think>"
+    assert get("model", answers=("<think>", "a", "b")) == pytest.approx([0, 1, 0.5])
+    assert get("hybrid", answers=("", "b")) == [0, 1] and get("model", answers=("b",)) == [0]
 
 
 # ---------------------------------------------------------------------------- debiased construction
@@ -375,15 +453,14 @@ def test_pairs_on_which_both_ways_of_scoring_agree():
     assert bt.agreed([3, 2, 2, 1], [5, 6, 4, 1]) == [(0, 2), (0, 3), (1, 3), (2, 3)]
 
 
-@pytest.mark.parametrize("quality, done, n", [
-    ({"one": 9, "two": 3, "three": 6}, "as they were", 3), ({"one": 2, "two": 1}, "all low", 1),
-    ({"one": 9, "two": 8}, "all high", 1), ({"one": 9, "two": None}, "malformed scores", 0)])
-def test_construction_with_a_teacher_by_hand(monkeypatch, reward_model, world, quality, done, n):
-    # kills: new answers not scored, noise for everybody, better and worse exchanged, the reference
-    # given to the noised
+CUT = "cut"  # an answer without its end
+
+
+def construct_by_hand(monkeypatch, reward_model, row, quality, written):
+    """bt.pairs_of() with a teacher that scores by `quality`, and a candidate whose first answers
+    are `written`, and then "bad" from a noised image and "good" otherwise. -> pairs, outcomes, and
+    for each replacement (image noised?, reference shown?)"""
     model, encoder = reward_model
-    row = [r for r in rows_of(world, "mm_rl", encoder) if r["task"] == "image_understanding"][0]
-    row = {**row, "reference": "it is red .", "responses": list(quality)}
     clean = encoder.encode("<image>", row["media"]).pixels
     quality = {**quality, "good": 7, "bad": 1}
     asked = []
@@ -398,27 +475,87 @@ def test_construction_with_a_teacher_by_hand(monkeypatch, reward_model, world, q
             shown = [q for q in quality if f":\n{q}" in asks]
             noised = not torch.equal(p.pixels, clean)
             if "Human-Generated" in asks:
-                assert not noised and "it is red ." in asks
+                assert not noised and "it is red ." in asks and CUT not in shown
                 order = sorted(shown, key=functools.partial(place_of, asks))
                 texts.append("hm" if None in [quality[q] for q in order] else
                              scored(*[[quality[q]] * 6 for q in order]))
+            elif written:
+                assert n == len(written) and not noised and "it is red ." not in asks
+                texts += written
+                written.clear()
             else:
                 asked.append((noised, "it is red ." in asks))
                 texts += ["bad" if noised else "good"] * n
-        return SimpleNamespace(ids=[[text] for text in texts])
+        return SimpleNamespace(ids=[[(text, -1 if text == CUT else encoder.eos_id)]
+                                    for text in texts])
 
     monkeypatch.setattr(bt, "sample_group", sample)
-    monkeypatch.setattr(encoder, "decode", lambda ids: ids if isinstance(ids, str) else
+    monkeypatch.setattr(encoder, "decode", lambda ids: ids[0] if isinstance(ids, tuple) else
                         encoder.tokenizer.decode(ids))
-    cfg = SimpleNamespace(seed=0, candidates=["c"], teacher="t", samples=2, judge_tokens=9, low=5,
-                          high=8, noise=1.0)
-    pairs, what = bt.pairs_of(row, {"c": reward_model, "t": reward_model}, cfg)
-    assert (what, len(pairs)) == (done, n)
-    assert asked == {"all low": [(False, True)], "all high": [(True, False)]}.get(done, [])
+    cfg = SimpleNamespace(seed=0, candidates=["c"], teacher="t", samples=len(written),
+                          judge_tokens=9, low=5, high=8, noise=1.0)
+    pairs, outcomes = bt.pairs_of(row, {"c": reward_model, "t": reward_model}, cfg)
     for pair in pairs:
         better, worse = pair["responses"][:: 1 if pair["label"] == "A" else -1]
         assert quality[better] > quality[worse] and pair["media"] == row["media"]
         common.check_row(pair, ".")
+    return pairs, dict(outcomes), asked
+
+
+@pytest.fixture()
+def prompt_row(world, reward_model):
+    rows = rows_of(world, "mm_rl", reward_model[1])
+    row = [r for r in rows if r["task"] == "image_understanding"][0]
+    return {**row, "reference": "it is red .", "responses": []}
+
+
+@pytest.mark.parametrize("quality, done, n", [
+    ({"one": 9, "two": 3, "three": 6}, "as they were", 3), ({"one": 2, "two": 1}, "all low", 1),
+    ({"one": 9, "two": 8}, "all high", 1), ({"one": 9, "two": None}, "malformed scores", 0)])
+def test_construction_with_a_teacher_by_hand(monkeypatch, reward_model, prompt_row, quality, done,
+                                             n):
+    # kills: new answers not scored, noise for everybody, better and worse exchanged, the reference
+    # given to the noised
+    pairs, outcomes, asked = construct_by_hand(monkeypatch, reward_model, prompt_row, quality,
+                                               list(quality))
+    assert (outcomes, len(pairs)) == ({done: 1}, n)
+    assert asked == {"all low": [(False, True)], "all high": [(True, False)]}.get(done, [])
+
+
+@pytest.mark.parametrize("quality", [{"one": 2, "two": 1}, {"one": 10, "two": 9}])
+def test_responses_that_came_with_a_row_stay_as_they_are(monkeypatch, reward_model, prompt_row,
+                                                         quality):
+    # kills: an answer of a candidate among those of an unknown writer: its style tells the label
+    row = {**prompt_row, "responses": list(quality)}
+    pairs, outcomes, asked = construct_by_hand(monkeypatch, reward_model, row, quality, [])
+    assert asked == [] and outcomes == {"as they were": 1}
+    assert [sorted(pair["responses"]) for pair in pairs] == [["one", "two"]]
+
+
+@pytest.mark.parametrize("written, want, n", [
+    (["one", CUT, "two", CUT], {"cut answers dropped": 2, "as they were": 1}, 1),
+    (["one", CUT], {"cut answers dropped": 1, "too few whole answers": 1}, 0)])
+def test_cut_answers_are_in_no_pair(monkeypatch, reward_model, prompt_row, written, want, n):
+    # kills: an answer cut at --judge_tokens as the worse of a pair, dropped without a count, one
+    # answer sent to the teacher
+    quality = {"one": 9, "two": 3, CUT: 1}
+    pairs, outcomes, asked = construct_by_hand(monkeypatch, reward_model, prompt_row, quality,
+                                               written)
+    assert (outcomes, len(pairs), asked) == (want, n, [])
+
+
+def test_a_cut_replacement_replaces_nothing(monkeypatch, reward_model, prompt_row):
+    # kills: None among the responses, an old answer lost for a new one that is not there
+    real = bt.ask
+
+    def cut_when_noised(*args, noise=0.0, **more):
+        answers = real(*args, noise=noise, **more)
+        return [None] * len(answers) if noise else answers
+    monkeypatch.setattr(bt, "ask", cut_when_noised)
+    pairs, outcomes, _ = construct_by_hand(monkeypatch, reward_model, prompt_row,
+                                           {"one": 10, "two": 9}, ["one", "two"])
+    assert outcomes == {"cut answers dropped": 1, "all high": 1}
+    assert [sorted(pair["responses"]) for pair in pairs] == [["one", "two"]]
 
 
 # --------------------------------------------------------------------------------------- whole runs
@@ -480,6 +617,40 @@ def test_a_run_its_resumption_and_two_processes_agree(world, tmp_path, monkeypat
         bt.score_texts(model, encoder, [{"task": "image_generation", "prompt": "x", "media": []}])
     with pytest.raises(SystemExit, match="no reward model"):
         bt.load(toy_world.PREBUILT)
+
+
+def test_a_reward_model_remembers_how_it_looks(world, tmp_path, monkeypatch):
+    # kills: the defaults of the script that scores in place of what was trained with, a caller who
+    # is not heard, a checkpoint without the two refused
+    out = tmp_path / "run"
+    run_here(bt.main, bt_flags(world, out, data=f"{world}/mm_rl.jsonl:4", heldout="", frames=2,
+                               max_tiles=1))
+
+    def sight(folder, **more):
+        model, encoder = bt.load(folder, **more)
+        assert (model.settings["frames"], model.settings["max_tiles"]) == (
+            encoder.frames, encoder.max_tiles)
+        return encoder.frames, encoder.max_tiles
+    assert sight(out) == (2, 1) and sight(out, frames=5) == (5, 1)
+    assert sight(out, max_tiles=3) == (2, 3)
+
+    loaded = []
+    real = ev.load_judge
+
+    def load_judge(*args):
+        loaded.extend(real(*args))
+        return loaded
+    monkeypatch.setattr(ev, "load_judge", load_judge)
+    args = ["--model", out, "--data", world / "heldout_text.jsonl"]
+    run_here(ev.main, args)
+    run_here(ev.main, [*args, "--frames", 8])
+    assert [encoder.frames for _, encoder in loaded[:2]] == [2, 8]
+    assert loaded[0][1].max_tiles == 1
+
+    info = json.loads((out / "stage.json").read_text())
+    del info["config"]["frames"], info["config"]["max_tiles"]
+    (out / "stage.json").write_text(json.dumps(info))
+    assert sight(out) == (8, 12)
 
 
 def first_loss(world, cfg, source):
@@ -603,7 +774,8 @@ def test_construction_runs_with_checkpoints(world, tmp_path):
          "media": [str(world / lines(world / "mm_rl.jsonl")[0]["media"][0])],
          "reference": "a disc", "responses": ["a ring", "a disc"]}])
     run_here(bt.main, ["--construct", tmp_path / "prompts.jsonl", "--teacher", toy_world.PREBUILT,
-                       "--candidates", toy_world.PREBUILT, "--samples", 2, "--judge_tokens", 5,
+                       "--candidates", toy_world.PREBUILT, "--samples", 2, "--judge_tokens", 60,
                        "--out", tmp_path / "out"])
     assert lines(tmp_path / "out" / "pairs.jsonl") == []
-    assert [x[1] for x in lines(tmp_path / "out" / "groups.jsonl")[1:]] == ["malformed scores"] * 2
+    groups = lines(tmp_path / "out" / "groups.jsonl")[1:]
+    assert [x[1] for x in groups] == [{"malformed scores": 1}] * 2

@@ -421,6 +421,182 @@ def test_the_words_round_a_placeholder_stay_apart():
         assert sorted(next(common.convert(raw, 0))["responses"]) == ["C", "C#"]
 
 
+# ----------------------------------------------------------------------- sets of BaseReward, DT2IT
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize("more", [{}, {"chosen_rating": 4.0, "rejected_rating": 2.5},
+                                  {"chosen_rating": None, "rejected_rating": None}])
+def test_tulu_and_olmo(here, encoder, more):
+    # kills: taken for RM-Bench (nine pairs of dicts), the rejected one chosen, earlier turns lost,
+    # None and None taken for a tie
+    make = [{"id": f"t{i}", "prompt": "Why?", "source": "flan",
+             "chosen": [user("Why?"), assistant("good")],
+             "rejected": [user("Why?"), assistant("bad")], **more} for i in range(N)]
+    rows = rows_of(write(here / "t.jsonl", make), encoder, "text")
+    assert len(rows) == N and {better(r) for r in rows} == {"good"}
+    assert {(r["prompt"], r["source"]) for r in rows} == {("Why?", "flan")}
+    tie = {**make[0], "chosen_rating": 3.0, "rejected_rating": 3.0}
+    assert not list(common.convert(tie, 0))
+    talk = [user("Hi"), assistant("Hello"), user("Why?")]
+    raw = {**make[0], "chosen": [*talk, assistant("g")], "rejected": [*talk, assistant("b")]}
+    row, = common.convert(raw, 0)
+    assert re.fullmatch(r"User: Hi\s+Assistant: Hello\s+User: Why\?", row["prompt"])
+    for wrong in ([user("How?"), assistant("b")], [], "b", None, [{"content": "b"}]):
+        with pytest.raises(common.BadRow):
+            list(common.convert({**make[0], "rejected": wrong}, 0))
+
+
+def ratings(helpfulness, ethics, faithfulness):
+    return {"Helpfulness": {"Rating": helpfulness, "Rationale": "r"},
+            "Ethical Considerations": {"Rating": ethics, "Rationale": "r"},
+            "Visual Faithfulness": {"Rating": faithfulness, "Rationale": "r"}}
+
+
+@pytest.mark.parametrize("form", ["raw jsonl", "dict of lists", "with image"])
+def test_vlfeedback(here, encoder, form):
+    # Means 4, 3, 3, and one that is no number: "low" and "even" tie. kills: one aspect alone, the
+    # sum of the numbers there are, a tie kept, only the best against the worst
+    picture("red").save(here / "x.png")
+    rated = [("best", ratings("3", "5", "4")), ("low", ratings("5", "2", "2")),
+             ("even", ratings("3", "3", "3")), ("none", ratings("5", "N/A", "5"))]
+    completions = [{"model": "m", "response": text, "annotations": of} for text, of in rated]
+    if form == "dict of lists":
+        completions = {key: [c[key] for c in completions] for key in completions[0]}
+    place = "image" if form == "with image" else "img_path"
+    make = [{"id": f"v{i}", "prompt": "<image>\nWhat?", "models": ["m"] * 4, place: "x.png",
+             "completions": completions} for i in range(N)]
+    rows = rows_of(write(here / "v.jsonl", make), encoder, "image_understanding")
+    pairs = Counter((better(row), better({**row, "label": OTHER[row["label"]]})) for row in rows)
+    assert pairs == {("best", "low"): N, ("best", "even"): N}
+    assert rows[0]["prompt"] == "What?" and rows[0]["media"] == [str(here / "x.png")]
+    assert rows[0]["margin"] == pytest.approx(1)
+    for wrong in ([{"response": "x"}], "text", [{"response": "x", "annotations": {"H": {}}}]):
+        with pytest.raises(common.BadRow):
+            list(common.convert({**make[0], "completions": wrong}, 0))
+
+
+def test_ultrafeedback(here, encoder):
+    # Both forms. kills: overall_score (10 on a bad answer), a text set taken for one with images
+    def completion(text, rating, overall):
+        aspects = ("instruction_following", "honesty", "truthfulness", "helpfulness")
+        return {"response": text, "overall_score": overall, "model": "m",
+                "annotations": {name: {"Rating": str(rating), "Rationale": "r"}
+                                for name in aspects}}
+    make = [{"source": "s", "instruction": f"Why {i}?", "models": ["m", "m"], "completions": [
+        completion("bad", 1, 10), completion("good", 4, 7), completion("void", "N/A", 9)]}
+        for i in range(N)]
+    binarized = [{"instruction": f"Why {i}?", "chosen": "good", "rejected": "bad"}
+                 for i in range(N)]
+    for name, raws in (("whole", make), ("binarized", binarized)):
+        rows = rows_of(write(here / f"{name}.jsonl", raws), encoder, "text")
+        assert len(rows) == N and {better(r) for r in rows} == {"good"}, name
+        assert rows[3]["prompt"] == "Why 3?"
+
+
+def turn(speaker, text):
+    return {"from": speaker, "value": text}
+
+
+@pytest.mark.parametrize("form", ["POVID", "Zhihui/VLFeedback"])
+def test_conversations_of_two_answers(here, encoder, form):
+    # kills: POVID taken for S1 (both have conversations and image), the placeholder left in
+    picture("red").save(here / "x.png")
+    human, good, bad = turn("human", "<image>\nWhat?"), turn("gpt", "good"), turn("gpt", "bad")
+    raw = {"conversations": [human], "chosen": good, "rejected": bad, "images": ["x.png"]}
+    if form == "POVID":
+        raw = {"id": "000", "image": "x.png", "conversations": [human, good],
+               "rejected_conversations": [turn("human", "What?\n<image>"), bad]}
+        for wrong in ([turn("human", "How?"), bad], [], None):
+            with pytest.raises(common.BadRow):
+                list(common.convert({**raw, "rejected_conversations": wrong}, 0))
+    else:
+        with pytest.raises(common.BadRow):
+            list(common.convert({**raw, "images": ["x.png", "y.png"]}, 0))
+    rows = rows_of(write(here / "c.jsonl", [raw] * N), encoder, "image_understanding")
+    assert {better(r) for r in rows} == {"good"} and {r["prompt"] for r in rows} == {"What?"}
+    assert rows[0]["media"] == [str(here / "x.png")]
+
+
+def test_wildvision_battle(here, encoder):
+    # kills: a always the winner, one of the two ties kept, the last answers to two histories
+    picture("red").save(here / "x.png")
+
+    def battle(winner, a, b, history="Hi"):
+        first = [user("Hello"), assistant("Hi")]
+        return {"question_id": "q", "model_a": "m", "model_b": "n", "winner": winner,
+                "conversation_a": [*first, user("What?"), assistant(a)],
+                "conversation_b": [first[0], assistant(history), user("What?"), assistant(b)],
+                "language": "English", "image": "x.png", "turn": 2, "judge": "j"}
+    make = [battle("model_b", "bad", "good") if i % 2 else battle("model_a", "good", "bad")
+            for i in range(N)]
+    left_out = [battle("tie", "x", "y"), battle("tie (bothbad)", "x", "y"),
+                battle("model_a", "x", "y", history="Ho")]
+    rows = rows_of(write(here / "w.jsonl", make + left_out), encoder, "image_understanding")
+    assert len(rows) == N and {better(r) for r in rows} == {"good"}
+    assert rows[0]["prompt"].startswith("User: Hello") and rows[0]["prompt"].endswith("What?")
+    with pytest.raises(common.BadRow, match="winner"):
+        list(common.convert(battle("both", "x", "y"), 0))
+
+
+def test_hpdv2(here, encoder):
+    # train.json: 1 is the preferred one; test.json: ranks, the lower the better. kills: the first
+    # one always, ranks taken for scores, equal ranks kept, the wrong folder
+    for folder in ("train", "test"):
+        (here / folder).mkdir()
+        for name, level in (("w", 255), ("g", 128), ("b", 0)):
+            picture((level,) * 3).save(here / folder / f"{name}.jpg", format="PNG")
+    make = [{"prompt": f"a dot {i}", "user_hash": "h",
+             "file_path": ["w.jpg", "b.jpg"] if i % 2 else ["b.jpg", "w.jpg"],
+             "human_preference": [1, 0] if i % 2 else [0, 1]} for i in range(N)]
+    tie = {**make[0], "human_preference": [1, 1]}
+    rows = rows_of(write(here / "train.json", [*make, tie]), encoder, "image_generation")
+    assert len(rows) == N and {better(r) for r in rows} == {255}
+    make = [{"prompt": f"a dot {i}", "image_path": ["b.jpg", "w.jpg", "g.jpg", "w.jpg"],
+             "rank": [3, 1, 2, 1], "raw_annotations": []} for i in range(N)]
+    rows = rows_of(write(here / "test.json", make), encoder, "image_generation")
+    assert Counter(better(r) for r in rows) == {255: 4 * N, 128: N}
+
+
+def test_evalmuse(here, encoder):
+    # Pointwise rows, the images of a prompt here and there in the file; means 4, 4, 2. kills: pairs
+    # of two prompts, the largest single score, equal means kept, neighbours only
+    for name, level in (("w", 255), ("v", 255), ("b", 0)):
+        picture((level,) * 3).save(here / f"{name}.png")
+    make = [{"prompt": f"a dot {i}", "img_path": f"{name}.png", "total_score": scores,
+             "element_score": {"dot (object)": [1, 0]}, "promt_meaningless": [0, 0]}
+            for name, scores in (("w", [4, 4, 4]), ("b", [1, 0, 5]), ("v", [3, 5]))
+            for i in range(N)]
+    make.append({**make[0], "img_path": "z.png", "total_score": ["?"]})
+    path = write(here / "train_list.json", make)
+    rows = rows_of(path, encoder, "image_generation")
+    assert len(rows) == 2 * N and {better(r) for r in rows} == {255}
+    assert Counter(r["prompt"] for r in rows) == {f"a dot {i}": 2 for i in range(N)}
+    assert {r["margin"] for r in rows} == {2.0}
+    assert len(common.load_rows(f"{path}:7", encoder)) == 7
+
+
+def test_mmpr(here, encoder):
+    # kills: a row without an image refused, a lost image taken for a text row, the first of several
+    picture("red").save(here / "x.png")
+    raw = {"question": "Why?", "chosen": "good", "rejected": "bad"}
+    texts = [{**raw, "image": None}, raw, {**raw, "image": []}] * 8
+    rows = rows_of(write(here / "texts.jsonl", texts), encoder, "text")
+    assert len(rows) == N and {better(r) for r in rows} == {"good"}
+    images = [{**raw, "image": "x.png"}, {**raw, "image": ["x.png"], "question": "<image>\nWhy?"}]
+    rows = rows_of(write(here / "images.jsonl", images * 12), encoder, "image_understanding")
+    assert {better(r) for r in rows} == {"good"} and {r["prompt"] for r in rows} == {"Why?"}
+    for wrong, complaint in (({"image": ["x.png", "x.png"]}, "2 images"),
+                             ({"question": "<image>Why?", "image": None}, "lacks")):
+        with pytest.raises(common.BadRow, match=complaint):
+            list(common.convert({**raw, **wrong}, 0))
+
+
 # ------------------------------------------------------------------------------- the paper's tables
 def counts_of(paper):
     """-> {source: (rows, rows left out before them)}"""
