@@ -428,7 +428,7 @@ _COMPARES = re.compile(
     rf"{_SIDE}\s+(?P<verb>is|isn't|(?:should|must|might|may|could) be)\s+"
     rf"(?P<between>(?:\w+\s+){{0,3}}?)(?:(?P<good>{_GOOD})|{_BAD})\b"
     # Response A provides a (much) more accurate answer; Response A does the better job
-    rf"|{_SIDE}\s+(?:\w+ly\s+)?(?P<gives>provides|gives|offers|presents|contains|has|does|makes)\s+"
+    rf"|{_SIDE}\s+(?:\w+ly\s+)?(?P<gives>provides|gives|offers|presents|does)\s+"
     rf"(?:a|an|the)\s+(?:much\s+|far\s+|\w+ly\s+)?(?:(?P<good_one>{_GOOD})|{_BAD})\b"
     # the final answer is Response 2; the better one is clearly Response 2
     rf"|\b(?:(?:final|overall|better|best|preferred|superior|my)\s+(?:\w+\s+)?|winner\s+)is\s+"
@@ -438,7 +438,7 @@ _COMPARES = re.compile(
 _STATES_NOTHING = re.compile(r"\b(?:if|whether|both|neither|equally|tie|tied|might|may|could)\b")
 _MAY_NEGATE = re.compile(
     r"\b(?:no|not|nor|never|none|nothing|nobody|nowhere|hardly|barely|rarely|seldom|without|less|"
-    r"least|far from|only|cannot|wrong|mistake|hard to)\b|n't\b")
+    r"least|far from|only|cannot|(?:wrong|mistake|hard) to)\b|n't\b")
 # What follows one of these says why, or concedes something: a "not" in it is about a response.
 _REASON = re.compile(
     r",?\s*(?:\b(?:because|since|which|whereas|while|as\s+(?:it|response|image|video|answer)|"
@@ -490,6 +490,8 @@ def _side_named_better(sentence, comparison):
     negated = verb == "isn't" or (between or "").split() in (["not"], ["not", "the"])
     # any other "not" may turn the clause round: a wrong sign does harm, no sign does none
     if not negated and _MAY_NEGATE.search(clause):
+        return None
+    if comparison["gives"] and re.search(r"\bbut\b", behind):  # "a better start, but it fails"
         return None
     named = next(group for group in comparison.groups() if group in ("a", "b", "1", "2"))
     side = {"a": "A", "1": "A", "b": "B", "2": "B"}[named]
