@@ -428,14 +428,37 @@ def task_reward(text, row):
 # R1-Reward 4.3: does the verdict follow from the reasoning?
 
 _SIDE = r"(?:response|image|video|answer|assistant|chatbot)\s*([ab12])\b"
+_MORE = (r"more\s+(?:accurate|appropriate|complete|comprehensive|correct|detailed|faithful|helpful|"
+         r"informative|precise|relevant|reliable|thorough|truthful)")
+_GOOD = rf"better|best|superior|preferable|preferred|stronger|clearer|winner|chosen|{_MORE}"
+_BAD = "worse|worst|inferior|weaker"
 _COMPARES = re.compile(
-    rf"{_SIDE}\s+(?P<verb>is|isn't|(?:might|may|could) be)\s+(?P<between>(?:\w+\s+){{0,3}}?)"
-    r"(?:(?P<good>better|best|superior|preferable|preferred|stronger|winner|more\s+(?:accurate|"
-    r"correct|helpful|faithful|complete))|worse|worst|inferior|weaker)\b"
-    rf"|\b(?:prefer|choose|select|favou?r)\s+{_SIDE}|\bbetter\s+(?:\w+\s+)?is\s+{_SIDE}"
+    # Response A is (clearly the) better; Response A should be preferred
+    rf"{_SIDE}\s+(?P<verb>is|isn't|(?:should|must|might|may|could) be)\s+"
+    rf"(?P<between>(?:\w+\s+){{0,3}}?)(?:(?P<good>{_GOOD})|{_BAD})\b"
+    # Response A provides a (much) more accurate answer; Response A does the better job
+    rf"|{_SIDE}\s+(?:\w+ly\s+)?(?P<gives>provides|gives|offers|presents|does)\s+"
+    rf"(?:a|an|the)\s+(?:much\s+|far\s+|\w+ly\s+)?(?:(?P<good_one>{_GOOD})|{_BAD})\b"
+    # the final answer is Response 2; the better one is clearly Response 2
+    rf"|\b(?:(?:final|overall|better|best|preferred|superior|my)\s+(?:\w+\s+)?|winner\s+)is\s+"
+    rf"(?:\w+\s+)?{_SIDE}"
+    rf"|\b(?:prefer|choose|select|pick|recommend|favou?r|go\s+with)\s+{_SIDE}"
     rf"|{_SIDE}\s+(?:wins|prevails|outperforms|surpasses)\b")
 _STATES_NOTHING = re.compile(r"\b(?:if|whether|both|neither|equally|tie|tied|might|may|could)\b")
-_MAY_NEGATE = re.compile(r"\b(?:no|not|never|hardly|less|least|far from|only|cannot)\b|n't\b")
+_MAY_NEGATE = re.compile(
+    r"\b(?:no|not|nor|never|none|nothing|nobody|nowhere|hardly|barely|rarely|seldom|without|less|"
+    r"least|far from|only|cannot|(?:wrong|mistake|hard) to)\b|n't\b")
+# What follows one of these says why, or concedes something: a "not" in it is about a response.
+_REASON = re.compile(
+    r",?\s*(?:\b(?:because|since|which|whereas|while|as\s+(?:it|response|image|video|answer)|"
+    r"due\s+to)\b|\band\s+(?:it\s+)?(?:does|is|has|did)\b|:)")
+_CONCEDES = re.compile(r"\b(?:although|though|even\s+if|while|whereas|despite)\b")
+# What comes before: "because it does not ..., Response A is better"; "B is not bad, but ..."
+_OPENING = re.compile(r"\s*(?:\w+,\s+)?(?:because|since|as|although|though|while)\b[^,]*,\s*"
+                      r"(?:\w+ly\s+|overall\s+|i\s+)?$|.*,\s*(?:but|yet)\b")
+# A "not" together with one of these may take the verdict back, even behind a "because".
+_OF_VERDICTS = re.compile(rf"\b(?:{_GOOD}|{_BAD}|prefer|choose|choice|win|wins|true|so|case|think|"
+                          r"believe|say|agree|conclude|sure|clear|verdict|conclusion)\b")
 
 
 def concluded(reasoning):
@@ -446,21 +469,42 @@ def concluded(reasoning):
         comparisons = list(_COMPARES.finditer(sentence))
         if comparisons:  # the last one of a sentence is what it comes to
             side = _side_named_better(sentence, comparisons[-1])
+        if len(comparisons) > 1:  # but "A is better, although B is more detailed" may be either
+            between = sentence[comparisons[0].end():comparisons[-1].start()]
+            first = _side_named_better(sentence, comparisons[0])
+            if _CONCEDES.search(between) and first != side:
+                side = None
     return side
 
 
 def _side_named_better(sentence, comparison):
     """One sentence and the comparison in it -> "A", "B" or None."""
-    if sentence.endswith("?") or _STATES_NOTHING.search(sentence):
+    before = sentence[:comparison.start()]
+    opening = _OPENING.match(before)
+    if opening:
+        before = before[opening.end():]
+    behind = sentence[comparison.end():]
+    reason = _REASON.search(behind)
+    if reason:
+        why = behind[reason.start():]
+        behind = behind[:reason.start()]
+        doubted = _MAY_NEGATE.search(why) or _STATES_NOTHING.search(why)
+        if doubted and _OF_VERDICTS.search(why):
+            return None
+    clause = before + comparison[0] + behind
+    if sentence.endswith("?") or _STATES_NOTHING.search(clause):
         return None
-    verb, between, good = comparison["verb"], comparison["between"], comparison["good"]
+    verb, between = comparison["verb"], comparison["between"]
+    good = comparison["good"] or comparison["good_one"]
     negated = verb == "isn't" or (between or "").split() in (["not"], ["not", "the"])
-    # any other "not" may turn the sentence round: a wrong sign does harm, no sign does none
-    if not negated and _MAY_NEGATE.search(sentence):
+    # any other "not" may turn the clause round: a wrong sign does harm, no sign does none
+    if not negated and _MAY_NEGATE.search(clause):
+        return None
+    if comparison["gives"] and re.search(r"\bbut\b", behind):  # "a better start, but it fails"
         return None
     named = next(group for group in comparison.groups() if group in ("a", "b", "1", "2"))
     side = {"a": "A", "1": "A", "b": "B", "2": "B"}[named]
-    if verb and bool(good) == negated:  # "A is worse", "A is not better"
+    if (verb or comparison["gives"]) and bool(good) == negated:  # "A is worse", "A is not better"
         side = OTHER[side]
     return side
 
@@ -478,8 +522,15 @@ def rule_consistency(text):
 def referee_consistency(folder, sample, device, style="msrl"):
     """-> a function like rule_consistency that asks a checkpoint (R1-Reward: Qwen2.5-VL-7B), text
     only. As released, it reads the last three lines before the answer; each distinct question is
-    asked once. UNSPECIFIED: its prompt is not published."""
-    model, encoder = load(folder, device)
+    asked once. UNSPECIFIED: its prompt is not published.
+    DEVIATION: load() takes no Qwen2.5-VL, so the paper's own referee is refused; any text-only
+    checkpoint that follows instructions can do the same work."""
+    try:
+        model, encoder = load(folder, device)
+    except SystemExit as e:
+        raise SystemExit(f"--referee {folder}: {e} A referee only reads text: take a text-only "
+                         "checkpoint such as Qwen/Qwen2.5-7B-Instruct, an InternVL one, or "
+                         "'rule'.") from e
 
     @lru_cache(maxsize=100_000)
     def ask(conclusion, verdict):
@@ -513,7 +564,12 @@ def consistency_reward(referee, sample, device, style="msrl"):
         consistency = rule_consistency
     else:
         consistency = referee_consistency(referee, sample, device, style)
-    return lambda text, row: accuracy_reward(text, row) * consistency(text)
+
+    def reward(text, row):
+        if accuracy_reward(text, row) == 0:  # and no question is asked about a wrong one
+            return 0.0
+        return float(consistency(text))
+    return reward
 
 
 # ==================================================================================================
@@ -1912,6 +1968,7 @@ def trainable(model):
 
 
 def make_optimizer(model, lr):
+    """UNSPECIFIED: weight decay and schedule. Ours are none and, in RL, a constant rate."""
     return torch.optim.AdamW(trainable(model), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
 
 

@@ -46,13 +46,14 @@ SCHEMES = {"paper": {"format": 1.0, "accuracy": 1.0, "task": 1.0},   # Eq. 4; MS
 @dataclass
 class Config:
     # the first five to turn
-    lr: float = knob(4e-5, "AdamW, constant (paper: 1e-6)")
+    lr: float = knob(4e-5, "AdamW, constant (UNSPECIFIED; paper: 1e-6)")
     beta: float = knob(0.04, "weight of the KL to the starting model; 0 loads no reference. Paper: "
                        "framework default 0.04; its script: 0")
-    group_size: int = knob(8, "G, answers per prompt (paper: 8)")
+    group_size: int = knob(8, "G, answers per prompt (paper: 8; R1-Reward: 1, with --advantage "
+                           "batch)")
     batch_size: int = knob(24, "prompts per rollout, over all processes. Paper: 'batch size of "
                            "128'; its script counts answers: 16 prompts x 8")
-    max_steps: int = knob(60, "rollouts; each is followed by updates_per_rollout optimiser steps")
+    max_steps: int = knob(60, "rollouts; each is followed by updates_per_rollout passes over it")
 
     # data
     model: str = knob("runs/stage0_sft", "checkpoint to start from; also the KL reference")
@@ -83,12 +84,20 @@ class Config:
         "for the task; 'script': 0.2, 1, 0.04, as released; 'r1': R1-Reward's, with consistency "
         "of reasoning and verdict")
     referee: str = knob("rule", "who tells consistency: 'rule' (the last comparison stated) or a "
-                        "checkpoint that is asked, text only (R1-Reward: Qwen2.5-VL-7B-Instruct)")
+                        "checkpoint that is asked about right verdicts, text only, as "
+                        "Qwen/Qwen2.5-7B-Instruct (R1-Reward: Qwen2.5-VL-7B, not loadable here)")
     advantage: Literal["group", "batch"] = knob(
         "group", "'group' (GRPO) or 'batch' (REINFORCE++, R1-Reward)")
     scale_std: bool = knob(True, "divide by the std. Paper: GRPO, so yes; its script: no")
     sigma: float = knob(3.0, "StableReinforce: answers with |z| above this are left out; 0 = off. "
-                        "In a group |z| <= sqrt(G-1): at G=8 only --advantage batch can reach 3")
+                        "In a group |z| <= sqrt(G-1): at G=8 only --advantage batch can reach 3. "
+                        "From G=11 on a group does, and what goes is then the one right answer "
+                        "among wrong ones as well as the one wrong among right ones")
+    kl: Literal["k1", "k2", "k3"] = knob(
+        "k3", "which estimate of the KL is in the loss. 'k3' (GRPO, Eq. 3) follows the gradient of "
+        "KL(reference || policy), though its mean is KL(policy || reference), and neither from the "
+        "second step on a rollout on; 'k1' and 'k2', with the ratio, follow KL(policy || "
+        "reference)")
     pre_clip: float = knob(1e3, "StableReinforce: ratio clamped to [1/x, x] before exp; 0 = off")
     clip_low: float = knob(0.2, "PPO clip below 1")
     clip_high: float = knob(0.2, "PPO clip above 1. Paper: default 0.2; its script: 0.28")
@@ -97,8 +106,11 @@ class Config:
         "'token': mean over tokens (TRL's default)")
 
     # optimiser
-    updates_per_rollout: int = knob(1, "optimiser steps on each rollout; above 1 the ratio leaves "
-                                    "1 and the clips begin to matter")
+    updates_per_rollout: int = knob(1, "passes over each rollout; above 1 the ratio leaves 1 and "
+                                    "the clips begin to matter")
+    mini_batch: int = knob(0, "prompts per optimiser step, over all processes; 0 = the whole "
+                           "rollout. Less than --batch_size: the ratio leaves 1 at the second "
+                           "(R1-Reward: 128 of 256)")
     micro_batch: int = knob(6, "prompts (whole groups) per forward: memory, not the gradient")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     freeze_vision: bool = knob(True, "freeze vision tower and projector. Paper: in stage 1, not "
@@ -113,8 +125,18 @@ class Config:
     log_rollouts_every: int = knob(10, "steps between whole groups written to rollouts.jsonl")
 
     def check(self):
-        if self.group_size < 2:
-            raise ValueError("--group_size must be at least 2: an answer alone has no advantage")
+        compared = self.group_size  # the answers whose rewards an advantage compares
+        if self.advantage == "batch":
+            compared *= self.batch_size
+        if compared < 2 or self.group_size < 1:
+            raise ValueError("--group_size must be at least 2, or 1 with --advantage batch and "
+                             "more prompts: an answer alone has no advantage")
+        if self.mini_batch < 0 or self.mini_batch and self.batch_size % self.mini_batch:
+            raise ValueError(f"--mini_batch {self.mini_batch} must divide --batch_size "
+                             f"{self.batch_size}, or be 0 for all of it in one step")
+        if self.mini_batch % common.world():
+            raise ValueError(f"--mini_batch {self.mini_batch} does not divide among "
+                             f"{common.world()} processes")
         if 0 < self.pre_clip <= 1:
             raise ValueError("--pre_clip must be above 1, or 0 for off")
 
@@ -129,12 +151,14 @@ PAPER = dict(data="wangclnlp/GRAM-RR-TrainingData:400000", heldout="",
 # --- same in stages 1, 2, 3: the equations --------------------------------------------------------
 def advantages(rewards, every_reward, kind, scale_std, sigma):
     """rewards [B, G] of this process and every_reward [B_all, G] of all processes, both float64
-    -> advantages [B, G] and keep [B, G], False where the 3-sigma filter leaves an answer out."""
+    -> advantages [B, G] and keep [B, G], False where the 3-sigma filter leaves an answer out.
+    UNSPECIFIED: which std. Ours is the population's (correction=0): these G answers are all that is
+    compared, and |z| <= sqrt(G-1)."""
     if kind == "group":  # against the G answers to the same prompt
         mean = rewards.mean(1, keepdim=True)                                           # [B, 1]
         std = rewards.std(1, correction=0, keepdim=True)
         equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
-    else:  # against all answers of the step
+    else:  # against all answers of the rollout, so G may be 1 (REINFORCE++, R1-Reward)
         mean = every_reward.mean()
         std = every_reward.std(correction=0)
         equal = every_reward.max() == every_reward.min()
@@ -147,9 +171,10 @@ def advantages(rewards, every_reward, kind, scale_std, sigma):
     return (z if scale_std else centred), keep
 
 
-def grpo_loss(logp, old, ref, advantage, weight, clip_low, clip_high, pre_clip, beta):
-    """All arguments [b, S] per token but the last four. `weight` holds the whole normalisation (0
-    on padding), so the loss is a plain sum. -> loss, and per-token {name: value} for the log.
+def grpo_loss(logp, old, ref, advantage, weight, clip_low, clip_high, pre_clip, beta, kl="k3"):
+    """All arguments [b, S] per token but the last five. `weight` holds the whole normalisation (0
+    on padding), so the loss is a plain sum. -> loss, and per-token {name: value} for the log, where
+    the divergence is always told by k3.
 
     At the first update after a rollout logp == old: every ratio is 1, and as the advantages of a
     group add up to 0, the loss starts AT ZERO BY DESIGN. Its gradient is not. Watch the reward."""
@@ -165,8 +190,28 @@ def grpo_loss(logp, old, ref, advantage, weight, clip_low, clip_high, pre_clip, 
     if beta == 0:
         return (policy * weight).sum(), stats
     d = (ref - logp).clamp(-20, 20)  # against overflow only: a sampled token is never that far off
-    kl = d.exp() - d - 1                                                               # [k3], Eq. 3
-    return ((policy + beta * kl) * weight).sum(), {**stats, "kl": kl.detach()}
+    k3 = d.exp() - d - 1                                                               # [k3], Eq. 3
+    penalty = kl_penalty(kl, k3, d, ratio)
+    return ((policy + beta * penalty) * weight).sum(), {**stats, "kl": k3.detach()}
+
+
+def kl_penalty(kl, k3, d, ratio):
+    """The divergence from the reference in the loss; all [b, S], d = log(reference / policy).
+
+    A token's estimate and its gradient are two things. With tokens drawn from the policy, k1 and k3
+    have the mean KL(policy || reference). But the gradient of k3, averaged over those tokens, is
+    that of KL(reference || policy): GRPO pulls the policy over all that the reference may say. From
+    the second step on a rollout, tokens come from an older policy and k3 lacks the ratio that would
+    make up for it; GRPO and Eq. 3 have none, so it follows neither divergence any more.
+
+    k1 and k2 follow KL(policy || reference), in every step: the policy stays where the reference
+    is likely. Their ratio corrects for the older policy (up to the pre-clip). None of the three
+    knows that a token decides which tokens can come after it."""
+    if kl == "k1":  # as a cost in the reward, so the gradient goes through the ratio alone
+        return ratio * -d.detach()
+    if kl == "k2":  # the same gradient by another way: here the ratio only weighs
+        return ratio.detach() * d.square() / 2
+    return k3
 
 
 def per_token(per_answer, owner):
@@ -179,49 +224,84 @@ def per_token(per_answer, owner):
 
 def grpo_update(model, ref, encoder, optimizer, prompts, answers, advantage, keep, cfg,
                 sampled=None):
-    """updates_per_rollout optimiser steps on B prompts, their answers [B][G], advantages and keep
-    [B, G]. Processes and micro-batches share one normaliser, so neither changes the gradient.
-    `sampled` [B][G]: the answers' log-probs when sampled, only to log how far ours differ.
-    -> the figures of the last update: means over answer tokens; the loss is a sum."""
+    """updates_per_rollout passes over B prompts, their answers [B][G], advantages and keep [B, G];
+    in each pass one optimiser step for every mini-batch. Processes and micro-batches share the
+    normaliser of a step, so neither changes the gradient. `sampled` [B][G]: the log-probs of the
+    answers' tokens when they were sampled.
+    -> {name: mean over the answer tokens of the last pass}; the loss is the mean over its steps,
+    the gradient norm that of the last step, the difference to the sampler that of the first."""
     lengths = torch.tensor([[len(answer) for answer in group] for group in answers]).double()
     weight = keep.double()              # 'token': the mean over all tokens              # [B, G]
     if cfg.normaliser == "sequence":
         weight = weight / lengths       # GRPO: the mean over answers of their token means
-    count, = sum_over_ranks((weight * lengths).sum().item())
-    weight = weight / max(count, 1.0)
-    old, reference = {}, {}  # log-probs by micro-batch, before the first update
-    for update in range(cfg.updates_per_rollout):
-        totals = Counter()
+    minis = pieces(0, len(prompts), cfg.mini_batch // common.world() or len(prompts))
+    for mini in minis:  # one normaliser for each step, over the answers of all processes
+        count, = sum_over_ranks((weight[mini] * lengths[mini]).sum().item())
+        weight[mini] /= max(count, 1.0)
+    several_steps = len(minis) * cfg.updates_per_rollout > 1
+    old, reference = {}, {}  # log-probs by micro-batch, before the first step
+    if several_steps and sampled is None:
+        old = frozen_logps(model, encoder, prompts, answers, minis, cfg)
+    if ref is not None:
+        reference = frozen_logps(ref, encoder, prompts, answers, minis, cfg)
+    difference = Counter()
+    for step, mini in enumerate(minis * cfg.updates_per_rollout):
+        if mini.start == 0:  # a new pass
+            totals = Counter()
         if cfg.gradient_checkpointing:
             model.train()
-        for at in range(0, len(prompts), cfg.micro_batch):
-            part = slice(at, at + cfg.micro_batch)
+        for part in pieces(mini.start, mini.stop, cfg.micro_batch):
             logp, entropy, owner = packed_logps(model, encoder, prompts[part], answers[part],
                                                 cfg.temperature)                       # [b, S]
-            if update == 0:
-                old[at] = logp.detach()
-            if update == 0 and ref is not None:
-                with torch.no_grad():
-                    reference[at] = packed_logps(ref, encoder, prompts[part], answers[part],
-                                                 cfg.temperature)[0]
+            first = part.start
+            if not several_steps:
+                old[first] = logp.detach()  # no step came before: the ratio is exactly 1
+            elif sampled is not None:  # of the policy that drew them, to rounding what ours were
+                old[first] = token_values(sampled[part], owner)
             loss, stats = grpo_loss(
-                logp, old[at], reference.get(at), per_token(advantage[part], owner),
-                per_token(weight[part], owner), cfg.clip_low, cfg.clip_high, cfg.pre_clip, cfg.beta)
+                logp, old[first], reference.get(first), per_token(advantage[part], owner),
+                per_token(weight[part], owner), cfg.clip_low, cfg.clip_high, cfg.pre_clip, cfg.beta,
+                cfg.kl)
             loss.backward()
             totals["loss"] += loss.item()
-            stats |= {"entropy": entropy, "tokens": torch.ones_like(entropy)}
-            if sampled is not None:  # cache against packed forward: rounding, or a bug
-                stats["sampling/sampling_logp_difference/mean"] = (
-                    old[at] - token_values(sampled[part], owner)).abs()
-            for name, value in stats.items():
-                totals[name] += value[owner > 0].double().sum().item()
+            add_up(totals, {**stats, "entropy": entropy}, owner)
+            if step == 0 and sampled is not None:  # cache against packed forward: rounding, or bug
+                gap = (logp.detach() - token_values(sampled[part], owner)).abs()
+                add_up(difference, {"sampling/sampling_logp_difference/mean": gap}, owner)
         norm = common.optimizer_step(optimizer, common.trainable(model), cfg.max_grad_norm)
+    loss, = sum_over_ranks(totals.pop("loss") / len(minis))
+    return {"loss": loss, "grad_norm": norm, **token_means(totals), **token_means(difference)}
+
+
+def pieces(start, stop, size):
+    """slices of `size` prompts, the last one with what is left"""
+    return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
+
+
+@torch.no_grad()
+def frozen_logps(model, encoder, prompts, answers, minis, cfg):
+    """-> {first prompt of a micro-batch: log-probs [b, S] of its answers}, without a gradient."""
+    logps = {}
+    for mini in minis:
+        for part in pieces(mini.start, mini.stop, cfg.micro_batch):
+            logps[part.start] = packed_logps(model, encoder, prompts[part], answers[part],
+                                             cfg.temperature)[0]
+    return logps
+
+
+def add_up(totals, values, owner):
+    """Adds {name: values [b, S]} and the number of tokens to the totals; padding counts nowhere."""
+    for name, value in values.items():
+        totals[name] += value[owner > 0].double().sum().item()
+    totals["tokens"] += (owner > 0).sum().item()
+
+
+def token_means(totals):
+    """-> {name: mean over the tokens of all processes}"""
     names = sorted(totals)
-    sums = sum_over_ranks(*[totals[name] for name in names])
-    metrics = dict(zip(names, sums, strict=True))
-    loss, tokens = metrics.pop("loss"), metrics.pop("tokens")
-    means = {name: total / tokens for name, total in metrics.items()}
-    return {"loss": loss, "grad_norm": norm, **means}
+    sums = dict(zip(names, sum_over_ranks(*[totals[name] for name in names]), strict=True))
+    tokens = sums.pop("tokens", None)
+    return {name: total / tokens for name, total in sums.items()}
 
 
 def score_answers(texts, batch, functions):
@@ -359,7 +439,8 @@ def sample_group(model, encoder, prompts, group_size, temperature, max_new_token
     repeated G times; finished rows leave the batch. temperature 0 is greedy.
 
     Sampling is plain softmax: top-p or top-k would draw from another distribution than the one
-    packed_logps scores, and the ratio would no longer be 1 at the first update."""
+    packed_logps scores, and the ratio would no longer be 1 at the first update. UNSPECIFIED in the
+    paper; its script leaves its framework's top-p 0.9 and top-k 50, and scores without them."""
     model.eval()  # also turns gradient checkpointing off, which would silently disable the cache
     device = next(model.parameters()).device
     ids, mask, pixels = common.left_pad(prompts, encoder.pad_id, device)              # [B, P]
@@ -494,9 +575,11 @@ def describe(rollout, texts, scores, every_reward, keep, encoder):
     answers, tokens, cut, verdicts, says_a, kept = sum_over_ranks(
         counts["answers"], counts["tokens"], counts["cut"], counts["verdicts"], counts["says A"],
         keep.sum().item())
-    equal = every_reward.amax(1) == every_reward.amin(1)
+    # with one answer each, the rollout is the group
+    groups = every_reward if every_reward.shape[1] > 1 else every_reward.mT
+    equal = groups.amax(1) == groups.amin(1)
     metrics = {"reward": every_reward.mean().item(),
-               "reward_std": every_reward.std(1, correction=0).mean().item(),
+               "reward_std": groups.std(1, correction=0).mean().item(),
                "frac_reward_zero_std": equal.float().mean().item(),
                "completions/mean_length": tokens / answers,
                "completions/clipped_ratio": cut / answers,

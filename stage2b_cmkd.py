@@ -98,7 +98,9 @@ def select(texts, confidences):
 def distill(model, encoder, rows, cfg):
     """n answers and their confidences for every row. samples.jsonl grows batch by batch, so a
     killed run goes on where it was. UNSPECIFIED: what confidence is; ours is the mean log-prob of
-    an answer's tokens, end-of-sequence included. -> a list parallel to rows."""
+    an answer's tokens, end-of-sequence included. UNSPECIFIED: whether the teacher sees the media
+    too (Eq. 5: "given s and c"); ours reads the caption alone, as it was trained in stage 2.
+    -> a list parallel to rows."""
     device = next(model.parameters()).device
     settings = ("model", "seed", "samples", "temperature", "frames", "rollout_batch",
                 "max_new_tokens", "max_tiles")

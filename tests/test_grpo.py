@@ -21,6 +21,7 @@ from transformers import cache_utils
 import common
 import stage0_sft
 import stage1_text_grpo as stage1
+import stage2_caption_grpo as stage2
 
 B, G, T, V = 3, 5, 7, 11  # sizes that no mixed-up axis can fit by accident
 OFF = math.inf            # max_grad_norm that never clips
@@ -175,6 +176,29 @@ def test_in_a_group_of_8_the_filter_cannot_act():
         assert adv.abs().max() <= math.sqrt(7) + 1e-9 and keep.all()
     z, _ = stage1.advantages(lonely, lonely, "group", True, 3.0)
     assert z.max() == pytest.approx(math.sqrt(7))
+
+
+def test_from_11_answers_on_the_filter_takes_a_lonely_right_one():
+    # What the help of --sigma says: sqrt(G-1) passes 3 between G = 10 and G = 11.
+    for n, kept in ((9, True), (11, False)):
+        for lonely in (0.0, 2.0):  # the one wrong answer, or the one right answer
+            rewards = torch.full((1, n), 2.0 - lonely, dtype=torch.float64)
+            rewards[0, 4] = lonely
+            _, keep = stage1.advantages(rewards, rewards, "group", True, 3.0)
+            assert keep[0, 4] == kept and keep.sum() >= n - 1
+
+
+def test_one_answer_per_prompt_is_compared_with_the_batch():
+    # R1-Reward's own setting. kills: group_size 1 refused; statistics over a group of one
+    every = torch.tensor([[2.0], [0.5], [2.0], [0.5], [1.0]], dtype=torch.float64)
+    case = every[:2], every, "batch", True, 3.0
+    got = stage1.advantages(*case)
+    assert same_advantages(got, advantages_by_loop(*case)) and got[0].abs().min() > 0.5
+    stage1.Config(group_size=1, advantage="batch").check()
+    for wrong in ({"group_size": 1}, {"group_size": 0, "advantage": "batch"},
+                  {"group_size": 1, "advantage": "batch", "batch_size": 1}):
+        with pytest.raises(ValueError, match="--group_size must be"):
+            stage1.Config(**wrong).check()
 
 
 @pytest.mark.parametrize("kind", ["group", "batch"])
@@ -338,6 +362,67 @@ def test_k3_against_the_exact_sum():
 def test_the_exact_sum_rejects_other_estimators(name):
     # k1 has the right mean too; what gives it away is that it is negative and its gradient 0
     assert not right_kl(wrong_versions.KL_ESTIMATORS[name])
+
+
+def exact_kl(p_logits, q_logits):
+    """KL(p || q), its gradient wrt p's logits, and that of KL(q || p), by autograd on the sums."""
+    x = p_logits.clone().requires_grad_()
+    p, q = x.log_softmax(0), q_logits.log_softmax(0)
+    value = (p.exp() * (p - q)).sum()
+    gradient, = torch.autograd.grad(value, x, retain_graph=True)
+    other, = torch.autograd.grad((q.exp() * (q - p)).sum(), x)
+    return value.item(), gradient, other
+
+
+def expected_penalty(loss, kind, p_logits, q_logits, old_logits):
+    """Mean and gradient of the penalty over tokens drawn from `old`: every token once, weighted by
+    its probability there. No advantage, so the KL is all there is."""
+    x = p_logits.clone().requires_grad_()
+    logp, ref, old = (z.log_softmax(0)[None] for z in (x, q_logits, old_logits))
+    value, _ = loss(logp, old, ref, torch.zeros(1, V), old.exp(), 0.2, 0.2, 0.0, 1.0, kind)
+    return value.item(), torch.autograd.grad(value, x)[0]
+
+
+def three_policies():
+    g = torch.Generator().manual_seed(15)
+    return torch.randn(3, V, generator=g, dtype=torch.float64)
+
+
+def check_kl_penalties(loss):
+    """k1 and k2 follow KL(policy || reference), whichever policy drew the tokens."""
+    policy, reference, older = three_policies()
+    value, gradient, _ = exact_kl(policy, reference)
+    for kind in ("k1", "k2"):
+        for old in (policy, older):
+            mean, got = expected_penalty(loss, kind, policy, reference, old)
+            assert torch.allclose(got, gradient, rtol=0, atol=1e-12)
+            assert kind == "k2" or math.isclose(mean, value, rel_tol=1e-9)
+
+
+def test_k1_and_k2_follow_the_exact_kl():
+    check_kl_penalties(stage1.grpo_loss)
+
+
+def test_the_frame_of_the_wrong_penalties_is_right():
+    check_kl_penalties(wrong_versions.loss)
+
+
+@pytest.mark.parametrize("name", wrong_versions.KL_PENALTIES)
+def test_the_exact_kl_rejects_wrong_penalties(name):
+    rejects(check_kl_penalties, wrong_versions.KL_PENALTIES[name])
+
+
+def test_k3_has_the_mean_of_one_kl_and_the_gradient_of_the_other():
+    # What kl_penalty's docstring says. kills: k3 made "right" in silence, with a ratio
+    policy, reference, older = three_policies()
+    value, gradient, other = exact_kl(policy, reference)
+    mean, got = expected_penalty(stage1.grpo_loss, "k3", policy, reference, policy)
+    assert math.isclose(mean, value, rel_tol=1e-9)
+    assert torch.allclose(got, other, rtol=0, atol=1e-12)
+    assert distance(got, gradient) > 0.3
+    # tokens of an older policy, as from the second step on a rollout on: neither
+    _, stale = expected_penalty(stage1.grpo_loss, "k3", policy, reference, older)
+    assert distance(stale, gradient) > 0.3 and distance(stale, other) > 0.3
 
 
 def test_loss_starts_at_zero_but_its_gradient_does_not():
@@ -869,6 +954,135 @@ def test_second_update_keeps_the_old_log_probs(world, rollout):
     assert distance(wrong, second) > 0.1, "the case does not bite: the first step was too small"
     assert metrics["clip_ratio/low_mean"] + metrics["clip_ratio/high_mean"] > 0
     assert max((new[k] - old[k]).abs().max() for k in old) > 0.1
+
+
+def sampled_logps(model, encoder, r, temperature=0.7):
+    """[B][G] lists: what the sampler would have logged."""
+    logps = []
+    for prompt, group in zip(r.prompts, r.answers, strict=True):
+        logps.append([alone(model, encoder, prompt, answer, temperature)[0].tolist()
+                      for answer in group])
+    return logps
+
+
+def check_mini_batches(steps, world, rollout):
+    """Step for step the gradients of `steps`, which goes answer by answer; whole rollouts and
+    mini-batches of 1, 2 passes, and whether old log-probs are the sampler's or the policy's."""
+    lengths = [[len(answer) for answer in group] for group in rollout.answers]
+    keep = rollout.keep.clone()
+    keep[1, 2:4] = True  # mini-batches of 4, 2 and 3 answers, so normalisers differ
+    sampled = sampled_logps(world.model, world.encoder, rollout)
+
+    def logps(model, i, j):
+        return alone(model, world.encoder, rollout.prompts[i], rollout.answers[i][j], 0.7)[0]
+    for given, micro_batch in ((None, 1), (sampled, B)):
+        cfg = settings(mini_batch=1, updates_per_rollout=2, micro_batch=micro_batch)
+        model, ours = copy.deepcopy(world.model), copy.deepcopy(world.model)
+        (optimizer, want), (recorded, got) = recorder(model, 0.05), recorder(ours, 0.05)
+        steps(model, logps, optimizer, lengths, rollout.adv, keep, cfg)
+        stage1.grpo_update(ours, None, world.encoder, recorded, rollout.prompts, rollout.answers,
+                           rollout.adv, keep, cfg, given)
+        assert len(got) == len(want) == 2 * B
+        assert all(distance(g, w) < 5e-3 for g, w in zip(got, want, strict=True))
+
+
+def test_mini_batches_equal_single_answers(world, rollout):
+    # kills: old of the policy before this step, one normaliser for all steps, every prompt again
+    check_mini_batches(wrong_versions.mini_batches, world, rollout)
+
+
+@pytest.mark.parametrize("name", wrong_versions.MINI_BATCHES)
+def test_wrong_mini_batches_are_rejected(world, rollout, name):
+    rejects(check_mini_batches, wrong_versions.MINI_BATCHES[name], world, rollout)
+
+
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_mini_batches_of_two_prompts(world, rollout, kl):
+    # 4 prompts in steps of 2: as two updates by hand, the second with the first's old log-probs.
+    # Micro-batches change nothing. kills: the reference's log-probs of another mini-batch
+    prompts = [*rollout.prompts, world.prompts["text"][1]]
+    answers = [*rollout.answers, rollout.answers[0][::-1]]
+    adv, keep = torch.cat([rollout.adv, -rollout.adv[:1]]), torch.ones(4, G, dtype=torch.bool)
+    four = SimpleNamespace(prompts=prompts, answers=answers)
+    sampled = sampled_logps(world.model, world.encoder, four)
+    together = {}
+    for micro_batch in (1, 2, 4):
+        cfg = settings(mini_batch=2, micro_batch=micro_batch, beta=0.3, kl=kl)
+        ours = copy.deepcopy(world.model)
+        optimizer, together[micro_batch] = recorder(ours, 0.1)
+        stage1.grpo_update(ours, rollout.ref, world.encoder, optimizer, prompts, answers, adv, keep,
+                           cfg, sampled)
+        assert len(together[micro_batch]) == 2
+    model = copy.deepcopy(world.model)
+    optimizer, want = recorder(model, 0.1)
+    for part in (slice(0, 2), slice(2, 4)):
+        args = world.encoder, prompts[part], answers[part], 0.7
+        logp, _, owner = stage1.packed_logps(model, *args)
+        ref = stage1.packed_logps(rollout.ref, *args)[0]
+        weight = torch.tensor([[1 / len(a) for a in group] for group in answers[part]]) / (2 * G)
+        loss, _ = stage1.grpo_loss(
+            logp, stage1.token_values(sampled[part], owner), ref.detach(),
+            stage1.per_token(adv[part], owner), stage1.per_token(weight, owner),
+            0.2, 0.2, 1e3, 0.3, kl)
+        loss.backward()
+        optimizer.step()
+        model.zero_grad()
+    for got in together.values():
+        assert all(distance(g, w) < 5e-3 for g, w in zip(got, want, strict=True))
+
+
+def test_the_log_of_single_answers_tells_of_the_batch(world):
+    # With G = 1 every group has a std of 0. kills: reward_std 0 and frac_reward_zero_std 1 always
+    for rewards, std, share in (([2.0, 0.5, 2.0, 0.5], 0.75, 0.0), ([2.0] * 4, 0.0, 1.0)):
+        every = torch.tensor(rewards, dtype=torch.float64)[:, None]
+        logged = stage1.describe(stage1.Rollout([[[1]]] * 4, []), [["x"]] * 4, {}, every,
+                                 every > 0, world.encoder)
+        assert (logged["reward_std"], logged["frac_reward_zero_std"]) == (std, share)
+
+
+@pytest.mark.parametrize("mini_batch", [0, 6, 12])
+def test_every_mini_batch_of_stage_2_replays_its_share(mini_batch):
+    # kills: captions first and texts last, so that the last mini-batches are all text
+    cfg = stage2.Config(batch_size=24, replay_ratio="5:1", mini_batch=mini_batch)
+    rows = [{"id": f"c{k}", "task": "text", "media": [], "prompt": "", "responses": ["x", "y"],
+             "captions": [], "label": "A"} for k in range(30)]
+    texts = [{**row, "id": "t" + row["id"]} for row in rows]
+    batch = [row["id"] for row in stage2.mixed_batch(rows, texts, 0, cfg)]
+    plain = stage2.Config(batch_size=24, replay_ratio="5:1")
+    assert sorted(batch) == sorted(row["id"] for row in stage2.mixed_batch(rows, texts, 0, plain))
+    size = mini_batch or 24
+    for first in range(0, 24, size):
+        assert sum(name[0] == "t" for name in batch[first:first + size]) == size // 6
+
+
+def test_a_single_step_computes_nothing_twice(world, rollout, monkeypatch):
+    # kills: old log-probs computed up front in a default run, or where the sampler's are given
+    calls, real = [], stage1.packed_logps
+
+    def watched(*args):
+        calls.append(len(args[2]))
+        return real(*args)
+    monkeypatch.setattr(stage1, "packed_logps", watched)
+    sampled = sampled_logps(world.model, world.encoder, rollout)
+    for more, given, forwards in (({}, sampled, 1), ({}, None, 1), ({"mini_batch": 1}, sampled, 3),
+                                  ({"mini_batch": 1}, None, 6)):
+        calls.clear()
+        model = copy.deepcopy(world.model)
+        stage1.grpo_update(model, None, world.encoder, recorder(model)[0], rollout.prompts,
+                           rollout.answers, rollout.adv, rollout.all, settings(**more), given)
+        assert len(calls) == forwards
+
+
+def test_mini_batches_that_do_not_divide_are_refused(monkeypatch):
+    # kills: the prompts left over dropped, or in a step of their own; half a prompt for a process
+    stage1.Config(batch_size=24, mini_batch=12).check()
+    for wrong in (5, 48, -1):
+        with pytest.raises(ValueError, match="must divide --batch_size 24"):
+            stage1.Config(batch_size=24, mini_batch=wrong).check()
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    stage1.Config(batch_size=24, mini_batch=8).check()
+    with pytest.raises(ValueError, match="does not divide among 8 processes"):
+        stage1.Config(batch_size=24, mini_batch=12).check()
 
 
 def test_frozen_vision_stays(world, rollout):

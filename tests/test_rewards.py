@@ -206,6 +206,38 @@ def test_rewards(task):
     ("Response A is better in style. Overall, Response B is the winner.", "B"),
     ("Response 1 is better written. Response 2 wins overall.", "B"),
     ("A point each, but Response B is more accurate.", "B"),
+    # as judges write: a "not" behind the comparison, in its reason, leaves it as it is
+    ("Response A is better because it does not invent objects.", "A"),
+    ("Response B provides a more accurate answer.", "B"), ("Response A gives a worse answer.", "B"),
+    ("The final answer is Response 2.", "B"), ("My final verdict is Response A.", "A"),
+    ("Overall, Response 1 is the better choice because it is not misleading.", "A"),
+    ("I would choose Response 2.", "B"), ("I would go with Response B.", "B"),
+    ("Response A is more accurate and does not invent objects.", "A"),
+    ("Therefore, Response B is the better answer, which does not hallucinate.", "B"),
+    ("Response B does a much better job of describing the scene.", "B"),
+    ("Thus the winner is Response B.", "B"), ("Response A should be preferred.", "A"),
+    ("The better response is clearly Response B.", "B"),
+    ("In conclusion, Image B is better: it does not show a cat.", "B"),
+    ("Response 1 is better, while Response 2 does not answer the question.", "A"),
+    ("Response A is better since Response B does not give the correct answer.", "A"),
+    ("Because it does not invent objects, Response A is better.", "A"),
+    ("Both responses are fluent, but Response A is more accurate.", "A"),
+    ("Response A is wrong and Response B is better.", "B"),
+    # ... but not everywhere: here it takes the verdict back, or one side is only conceded
+    ("Response A is better is not what I think.", None),
+    ("Response A is better, which is not true.", None),
+    ("Response A is better, while I do not think so.", None),
+    ("Response A is better and is not better.", None),
+    ("Response A is better in style, though not overall.", None),
+    ("Response A is better, although Response B is more detailed.", None),
+    ("Response A is better in style, while Response B is better overall.", None),
+    ("Response A provides a better start, but it fails.", None),
+    ("Response A gives nothing better.", None), ("Response A is nowhere near better.", None),
+    ("The final answer is not Response 2.", None), ("Nobody would choose Response A.", None),
+    ("It would be wrong to prefer Response A.", None),
+    ("Not because it is longer, Response A is better", None),
+    ("I do not believe that, because of its length, Response A is better", None),
+    ("If it does not lie, Response A is better.", None),
     # hostile: nothing is stated, or both, or it is asked
     ("", None), ("Response C is better", None), ("If Response A is better, so be it", None),
     ("Neither Response A nor Response B is better.", None), ("Is Response A better?", None),
@@ -217,7 +249,8 @@ def test_rewards(task):
     ("Response A is the less preferable one.", None), ("Response A is far from the best", None),
 ])
 def test_what_a_reasoning_concludes(reasoning, side):
-    # kills: the first comparison, the last name, negation ignored, "worse" read as praise
+    # kills: the first comparison, the last name, negation ignored, "worse" read as praise; a "not"
+    # in the reason that voids the verdict, a "not" behind any "because" or "which" that is ignored
     assert common.concluded(reasoning) == side
     for verdict in "AB":
         text = thinks(verdict, reasoning)
@@ -267,6 +300,30 @@ def test_r1_reward_is_the_papers(monkeypatch):
     answer = common.as_ab("<think>Response 2 is better.</think><answer>2</answer>", "r1")
     replies["2"] = "1"
     assert referee(answer) == 1 and "Statement: Response 2 is better" in asked[-1]
+
+
+def test_the_referee_is_asked_about_right_verdicts_only(monkeypatch):
+    # Consistency counts where the verdict is right; a 7B model must not run for the others.
+    # kills: accuracy_reward(text, row) * consistency(text)
+    asked = []
+
+    def referee_consistency(*settings):
+        def consistency(text):
+            asked.append(common.parse(text).verdict)
+            return 1
+        return consistency
+    monkeypatch.setattr(common, "referee_consistency", referee_consistency)
+    reward = common.consistency_reward("folder", None, "cpu")
+    answers = thinks("A"), thinks("B"), "no verdict", thinks("B")
+    assert [reward(text, {"label": "B"}) for text in answers] == [0, 1, 0, 1]
+    assert asked == ["B", "B"]
+
+
+def test_a_referee_that_cannot_be_loaded_is_refused_with_a_way_out(tmp_path):
+    # R1-Reward's own, Qwen2.5-VL, is not among what common.load takes.
+    # kills: the loader's message alone, which names a script that makes a policy
+    with pytest.raises(SystemExit, match="--referee .*text-only.*Qwen2.5-7B-Instruct.*'rule'"):
+        common.consistency_reward(str(tmp_path / "qwen"), None, "cpu")
 
 
 def test_style_r1_says_1_and_2(encoder):

@@ -79,7 +79,7 @@ def two_ranks(world, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("normaliser", ["sequence", "token"])
+@pytest.mark.parametrize("normaliser", ["sequence", "token", "mini-batches"])
 def test_one_gradient_on_one_and_two_processes(two_ranks, normaliser):
     # Ranks with unequal answers must share one denominator; a rank without an image has no gradient
     # of the vision tower and must still take part. kills: gradients averaged over ranks, count of
@@ -87,6 +87,7 @@ def test_one_gradient_on_one_and_two_processes(two_ranks, normaliser):
     one, a, b = (torch.load(two_ranks / f"gradient-{name}.pt")[normaliser]
                  for name in ("1-0", "2-0", "2-1"))
     names = one["gradient"].keys()
+    assert one["steps"] == a["steps"] == (2 if normaliser == "mini-batches" else 1)
     assert any("vision_tower" in k for k in names)
     assert names == a["gradient"].keys() == b["gradient"].keys()
     assert all(torch.equal(a["gradient"][k], b["gradient"][k]) for k in names)

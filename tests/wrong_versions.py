@@ -11,7 +11,8 @@ rejects is the one mistake, and that every version in the dict fails it.
     LOSSES        grpo_loss      test_grpo.py        EVALUATIONS   summarize   test_judging.py
     PACKINGS      pack           test_grpo.py        WIN_RATES     win_rates   test_eval.py
     SAMPLERS      sample_group   test_grpo.py        BT_LOSSES     bt_loss     test_bt.py
-    SFT_MASKS     collate        test_grpo.py
+    SFT_MASKS     collate        test_grpo.py        KL_PENALTIES  grpo_loss   test_grpo.py
+    MINI_BATCHES  grpo_update    test_grpo.py
 """
 
 import math
@@ -156,17 +157,27 @@ def weighted_sum(terms, weight):
     return (terms * weight).sum()
 
 
+def cost_in_the_reward(d, ratio):
+    return -d * ratio
+
+
+def half_square(d, ratio):
+    return d * d / 2 * ratio.detach()
+
+
 def loss_rule(pick=torch.min, sign=1, pre=True, exchanged=False, kl=k3, gain_sign=1,
-              total=weighted_sum):
+              total=weighted_sum, k1=cost_in_the_reward, k2=half_square):
     """grpo_loss() with another part."""
-    def loss(logp, old, ref, advantage, weight, clip_low, clip_high, pre_clip, beta):
+    def loss(logp, old, ref, advantage, weight, clip_low, clip_high, pre_clip, beta, kind="k3"):
         low, high = (clip_high, clip_low) if exchanged else (clip_low, clip_high)
         step = logp - old
         if pre and pre_clip > 0:
             step = step.clamp(-math.log(pre_clip), math.log(pre_clip))
         ratio = step.exp()
         gain = pick(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
-        return total(-gain_sign * gain + beta * kl(sign * (ref - logp)), weight), {}
+        d = sign * (ref - logp)
+        penalty = {"k1": k1(d, ratio), "k2": k2(d, ratio), "k3": kl(d)}[kind]
+        return total(-gain_sign * gain + beta * penalty, weight), {}
     return loss
 
 
@@ -183,6 +194,14 @@ KL_ESTIMATORS = {
     "k3 of the opposite log-ratio": loss_rule(sign=-1),
     "divergence without a gradient": loss_rule(kl=lambda d: k3(d).detach()),
 }
+KL_PENALTIES = {
+    "k1 without the ratio": loss_rule(k1=lambda d, ratio: -d),
+    "k1 with a ratio that has no gradient": loss_rule(k1=lambda d, ratio: -d * ratio.detach()),
+    "k2 without the ratio": loss_rule(k2=lambda d, ratio: d * d / 2),
+    "k2 with a gradient through the ratio": loss_rule(k2=lambda d, ratio: d * d / 2 * ratio),
+    "k3 in place of k2": loss_rule(k2=lambda d, ratio: k3(d) * ratio.detach()),
+    "log-ratio of the wrong sign": loss_rule(sign=-1),
+}
 LOSSES = KL_ESTIMATORS | {
     "max in place of min": loss_rule(pick=torch.max),
     "only the clipped ratio": loss_rule(pick=lambda free, clipped: clipped),
@@ -193,6 +212,39 @@ LOSSES = KL_ESTIMATORS | {
     "mean over tokens": loss_rule(
         total=lambda terms, weight: (terms * weight).sum() / (weight > 0).sum()),
     "weight inside the min": loss_weighted_inside,
+}
+
+
+# ------------------------------------------------------------------------------------- mini-batches
+def steps_of_mini_batches(renewed=False, counted_over=lambda mini, prompts: mini):
+    """grpo_update() on one process, answer by answer and without a KL. `logps(model, i, j)` are the
+    log-probs of answer j to prompt i."""
+    def steps(model, logps, optimizer, lengths, advantage, keep, cfg):
+        every = range(len(lengths))
+        answers = [(i, j) for i in every for j in range(len(lengths[0]))]
+        frozen = {place: logps(model, *place).detach() for place in answers}
+        for first in list(every)[::cfg.mini_batch] * cfg.updates_per_rollout:
+            mini = every[first:first + cfg.mini_batch]
+            count = sum(int(keep[i, j]) for i in counted_over(mini, every)
+                        for j in range(len(lengths[0])))
+            for i, j in answers:
+                if i not in mini or not keep[i, j]:
+                    continue
+                logp = logps(model, i, j)
+                ratio = (logp - (logp.detach() if renewed else frozen[i, j])).exp()
+                clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+                gain = torch.min(ratio * advantage[i, j], clipped * advantage[i, j])
+                (-gain.sum() / lengths[i][j] / max(count, 1)).backward()
+            optimizer.step()
+            model.zero_grad()
+    return steps
+
+
+mini_batches = steps_of_mini_batches()
+MINI_BATCHES = {
+    "old log-probs taken anew for each mini-batch": steps_of_mini_batches(renewed=True),
+    "normaliser of the whole rollout": steps_of_mini_batches(
+        counted_over=lambda mini, prompts: prompts),
 }
 
 

@@ -34,8 +34,9 @@ def fixed_rollout(encoder, data, generator):
     return rows, answers, advantages, keep
 
 
-def gradient(normaliser, micro_batch):
-    """Gradient and metrics of one update; every process takes every other prompt, as in main()."""
+def gradient(normaliser, micro_batch, mini_batch=0):
+    """Gradient of the last step and metrics of one update; every process takes every other prompt,
+    as in main(). A step moves the weights, so the second of two has ratios that are not 1."""
     model, encoder = common.load(model_folder)
     generator = torch.Generator().manual_seed(0)
     ref = copy.deepcopy(model)
@@ -48,13 +49,18 @@ def gradient(normaliser, micro_batch):
     def step():
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()
                           if p.grad is not None})
-    optimizer = types.SimpleNamespace(step=step, zero_grad=lambda set_to_none: None)
-    cfg = stage1.Config(normaliser=normaliser, micro_batch=micro_batch, beta=0.1,
-                        max_grad_norm=float("inf"))
+        norm = torch.cat([g.flatten() for g in gradients[-1].values()]).norm()
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.grad is not None:
+                    p -= 0.05 * p.grad / norm
+    optimizer = types.SimpleNamespace(step=step, zero_grad=lambda set_to_none: model.zero_grad())
+    cfg = stage1.Config(normaliser=normaliser, micro_batch=micro_batch, mini_batch=mini_batch,
+                        beta=0.1, max_grad_norm=float("inf"))
     mine = slice(common.rank(), None, common.world())
     metrics = stage1.grpo_update(model, ref, encoder, optimizer, [encoder(r) for r in rows[mine]],
                                  answers[mine], advantages[mine], keep[mine], cfg)
-    return {"gradient": gradients[0], "metrics": metrics}
+    return {"gradient": gradients[-1], "metrics": metrics, "steps": len(gradients)}
 
 
 def watched_run(flags):
@@ -81,8 +87,9 @@ def watched_run(flags):
 if __name__ == "__main__":
     model_folder, data, out, *flags = sys.argv[1:]
     common.start_processes()
-    both = {"sequence": gradient("sequence", 2), "token": gradient("token", 1)}
-    torch.save(both, f"{out}/gradient-{common.world()}-{common.rank()}.pt")
+    cases = {"sequence": gradient("sequence", 2), "token": gradient("token", 1),
+             "mini-batches": gradient("sequence", 2, mini_batch=2)}
+    torch.save(cases, f"{out}/gradient-{common.world()}-{common.rank()}.pt")
     if flags:
         seen = watched_run(flags)
         torch.save(seen, f"{out}/run-{common.rank()}.pt")
