@@ -65,8 +65,9 @@ class Config:
     heldout: str = knob(HELDOUT, "rows judged before and after; '' for none")
     out: str = knob("runs/stage3_mm_grpo", "run folder; the same command resumes it")
     seed: int = knob(0, "of the data order and of sampling")
-    style: Literal["msrl", "r1"] = knob("msrl", "prompt and answer: 'msrl' (A/B, Figures 4-7) or "
-                                        "'r1' (1/2, R1-Reward's Table 1; no generation rows)")
+    style: Literal["msrl", "caption", "r1"] = knob(
+        "caption", "prompt and answer: 'msrl' (A/B, Figures 4-7), 'caption' (<caption> before "
+        "<think>, not in it) or 'r1' (1/2, R1-Reward's Table 1; no generation rows)")
     max_prompt_tokens: int = knob(1024, "longer prompts are skipped and counted, never cut")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
     exclude: str = knob("", "benchmark files; training rows that are in them too are left out "
@@ -262,8 +263,8 @@ def main():
         kept["before"] = common.evaluate(model, encoder, heldout, cfg, "before", FORM, sample_group)
     del state
     functions = dict(REWARDS)
-    if cfg.style == "r1":
-        functions["format"] = common.format_reward  # R1-Reward's prompt asks for no caption
+    if cfg.style != "caption":
+        functions["format"] = common.format_reward  # no other prompt asks for a <caption>
     if cfg.reward == "r1":
         functions["consistency"] = common.consistency_reward(cfg.referee, sample_group, device,
                                                              cfg.style)
