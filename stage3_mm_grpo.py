@@ -1,6 +1,6 @@
 """
 Stage 3: GRPO on images and videos (MSRL 4.3). Stage 1's loop on pixels: the vision tower learns
-too, an answer starts with a <caption> of what it saw, and naming the task in <type> earns 0.2.
+too, the prompt asks for a <caption> of what is seen first, and naming the task in <type> earns 0.2.
 
     python stage3_mm_grpo.py                                     # toy world, from stage 2b
     torchrun --nproc_per_node=8 stage3_mm_grpo.py --preset paper
