@@ -51,7 +51,8 @@ from stage2b_cmkd import caption_text  # noqa: E402  (likewise)
 # config.json the new vocab_size. So until it is taught otherwise, the model reads the new request
 # as the old one. Embedding and head are tied: the four can be sampled, as rarely as the paragraphs
 # that they copy. Probabilities change in the last digits because the vocabulary has grown, and a
-# seed draws other answers than it did.
+# seed draws other answers than it did. Its lessons never said "<" or ">" either, of which
+# the heading <Image A> is made: stage 2b teaches it to write them.
 PREBUILT = ROOT / "tests" / "toy_backbone"
 
 # ---------------------------------------------------------------------------------------- the world
