@@ -643,8 +643,8 @@ def to_flip(strengths):
 
 
 def judge_style(folder):
-    """-> the prompt style ("msrl" or "r1") that the judge in `folder` was trained with and is to be
-    asked in. Raises SystemExit for a reward model, which cannot be a judge."""
+    """-> the prompt style ("msrl", "caption" or "r1") that the judge in `folder` was trained with
+    and is to be asked in. Raises SystemExit for a reward model, which cannot be a judge."""
     if common.stage_of(folder).get("stage") == "bt_reward":
         raise SystemExit(f"{folder} is a reward model and states no verdict; --judges are made by "
                          "the stages, --models by this script.")

@@ -80,7 +80,7 @@ class Prediction(TypedDict, total=False):
 # ==================================================================================================
 # 1. Templates
 # Figures 4, 5 and 6 stand here as printed; braces are filled by render(). The other two differ by a
-# few words and are derived, so that the words show (tests/templates/ holds all five in full).
+# few words and are derived, so that the words show (tests/templates/ holds every one in full).
 # DEVIATION: the figures print `<type>...<type>`; the tag is closed here, as in Figures 8-11.
 # DEVIATION: the figures' typographic apostrophes are ASCII here.
 # "Comparision" is the papers' spelling; the published rationales use it, so it stays.
@@ -297,6 +297,27 @@ TEMPLATES = {"text": _TEXT, "image_understanding": _IMAGE_UNDERSTANDING,
              "video_generation": _VIDEO_GENERATION}
 
 
+# DEVIATION: from stage 2b on an answer starts with its <caption> (MSRL 4.2, end), but Figures 4-7
+# ask for `Caption:` inside <think>: who follows them to the letter earns no format in stage 3, and
+# only a distilled model would write what is rewarded. In style "caption" the request stands where
+# the reward looks for it, once. Texts have nothing to describe.
+
+def _caption_first(template, media):
+    """The template with its request for a caption moved from <think> to a <caption> before it."""
+    request = f"<provide a detailed description for {media}>\n"
+    return _replaced(template, {
+        f"Caption:\n{request}\n": "",
+        "format:\n<think>\n": f"format:\n<caption>\n{request}</caption>\n<think>\n"})
+
+
+CAPTION_TEMPLATES = {
+    "text": _TEXT,
+    "image_understanding": _caption_first(_IMAGE_UNDERSTANDING, "the given image"),
+    "image_generation": _caption_first(_IMAGE_GENERATION, "this two images"),
+    "video_understanding": _caption_first(_VIDEO_UNDERSTANDING, "the given video"),
+    "video_generation": _caption_first(_VIDEO_GENERATION, "this two videos")}
+
+
 # R1-Reward, Table 1, for --style r1; the medium first, as in its evaluation, and the
 # "######" of its data. It compares two responses: there is none for generation tasks.
 _R1_STYLE = """\
@@ -326,7 +347,9 @@ tags. A tie is not permitted; you must choose a better option.
 
 def render(row: Row, form="pixels", style="msrl") -> str:
     """Preference row -> prompt text. form "pixels" leaves `<image>` or `<video>` where the media
-    go (Encoder fills them in); form "caption" writes the captions there instead (MSRL 4.2)."""
+    go (Encoder fills them in); form "caption" writes the captions there instead (MSRL 4.2). style
+    "msrl" is Figures 4-7, "caption" the same with the <caption> before <think>, "r1" R1-Reward's.
+    Raises BadRow."""
     response_a, response_b = row["responses"] or ("", "")
     if form == "caption":
         media = row["captions"]
@@ -335,6 +358,8 @@ def render(row: Row, form="pixels", style="msrl") -> str:
     else:
         media = ["<video>"] * len(row["media"])
     template = TEMPLATES[row["task"]]
+    if style == "caption":
+        template = CAPTION_TEMPLATES[row["task"]]
     if style == "r1":
         if row["task"].endswith("generation"):
             raise BadRow(f"is {row['task']}, for which R1-Reward has no prompt; use --style msrl")
@@ -364,7 +389,7 @@ _TYPE = re.compile(r"<think>\s*<type>([^<]*)</type>")  # only where the template
 def as_ab(text, style):
     """An answer of the given style with A and B as its verdict. In style "r1" the verdict is 1 or
     2, and an A there is none."""
-    if style == "msrl":
+    if style != "r1":
         return text
 
     def letter(match):
@@ -409,7 +434,8 @@ def format_reward(text, row):
 
 
 def caption_format_reward(text, row):
-    """Stage 3's format: rows with media need `<caption>` before the reasoning (MSRL 4.2, end)."""
+    """Stage 3's format: rows with media need `<caption>` before the reasoning (MSRL 4.2, end), as
+    the prompts of style "caption" ask."""
     answer = parse(text)
     return float(answer.well_formed and (answer.captioned or not row["media"]))
 
@@ -552,7 +578,7 @@ def referee_consistency(folder, sample, device, style="msrl"):
         lines = [line for line in before_answer.strip().splitlines()[-3:] if line]
         # by the name that the reasoning uses: Response 2, Image B
         nouns = re.findall(r"\b(Response|Image|Video|Answer)s? [AB12]\b", text) or ["Response"]
-        side = verdict if style == "msrl" else {"A": "1", "B": "2"}[verdict]
+        side = {"A": "1", "B": "2"}[verdict] if style == "r1" else verdict
         return ask("; ".join(lines), f"{nouns[-1]} {side}")
     return consistency
 
@@ -1670,7 +1696,7 @@ def stage_of(folder):
 
 
 def trained_style(folder):
-    """The --style that a checkpoint was trained with."""
+    """The --style that a checkpoint was trained with, and is to be asked in."""
     return stage_of(folder).get("config", {}).get("style", "msrl")
 
 
@@ -1730,6 +1756,9 @@ def captioned(cfg, sample, device, max_new_tokens=300, batch_size=16):
     """Preference rows whose media have no captions get them from a vision-language checkpoint (the
     paper: GPT-5). -> path of a .jsonl of rows with captions. Each medium is described once; what
     is done stays in captions.jsonl, so a killed run goes on."""
+    # what can fail comes before hours; this model is gone when the policy comes
+    check_checkpoint(cfg.model, type(cfg).model)
+    check_sources(cfg.heldout, "" if cfg.replay_ratio.endswith(":0") else cfg.replay)
     model, encoder = load(cfg.captioner, device)
     rows = load_rows(cfg.data, encoder, "pixels", None, cfg.skip_bad_rows, cfg.exclude)
     to_describe = {}  # medium -> what tells it from others, without repetition

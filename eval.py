@@ -461,7 +461,7 @@ def best_of(pairs):
             at_maximum += 1
         elif row["points"] < 0.5:
             return 0.0
-    return float(at_maximum == 1)
+    return 1 / at_maximum
 
 
 def ties_points(pairs):
@@ -1453,9 +1453,9 @@ class Config:
     # how a row is shown to the judge
     form: Literal["pixels", "caption"] = knob("pixels", "show images and videos, or their captions "
                                               "instead")
-    style: Literal["msrl", "r1"] | None = knob(
-        None, "prompt and answer: A/B (MSRL, Figures 4-7), or 1/2 (R1-Reward, Table 1); default: "
-        "the one the judge was trained with, else msrl")
+    style: Literal["msrl", "caption", "r1"] | None = knob(
+        None, "prompt and answer: A/B (MSRL, Figures 4-7; 'caption': with the <caption> first), or "
+        "1/2 (R1-Reward, Table 1); default: the one the judge was trained with, else msrl")
     max_prompt_tokens: int = knob(16_384, "longer prompts are not judged, which counts as wrong; "
                                   "never cut")
     frames: int | None = knob(None, "frames per video; default: those that a reward model was "

@@ -219,7 +219,7 @@ def main():
 def in_style(text, style):
     """An answer that is to be learned, in the style that is asked for: in "r1" 1 and 2 stand for A
     and B, in the verdict and wherever a candidate is named."""
-    if style == "msrl":
+    if style != "r1":
         return text
 
     def with_digits(match):

@@ -35,7 +35,8 @@ from common import knob, sum_over_ranks
 HELDOUT = "toy/heldout_text.jsonl"
 STAGE = Path(__file__).stem
 FORM = "pixels"  # how rows with media are shown; text rows have none
-REWARDS = {"format": common.format_reward, "accuracy": common.accuracy_reward}
+REWARDS = {"format": common.format_reward,
+           "accuracy": common.accuracy_reward}
 # Weights of the rewards. task_reward is 0 or 0.2, and counts from stage 2 on.
 SCHEMES = {"paper": {"format": 1.0, "accuracy": 1.0, "task": 1.0},   # Eq. 4; MSRL 4.2
            "script": {"format": 0.2, "accuracy": 1.0, "task": 0.2},  # the released train_*_grpo.sh
@@ -62,8 +63,9 @@ class Config:
     heldout: str = knob(HELDOUT, "rows judged before and after; '' for none")
     out: str = knob("runs/stage1_text_grpo", "run folder; the same command resumes it")
     seed: int = knob(0, "of the data order and of sampling")
-    style: Literal["msrl", "r1"] = knob("msrl", "prompt and answer: 'msrl' (A/B, Figures 4-7) or "
-                                        "'r1' (1/2, R1-Reward's Table 1; no generation rows)")
+    style: Literal["msrl", "caption", "r1"] = knob(
+        "msrl", "prompt and answer: 'msrl' (A/B, Figures 4-7), 'caption' (<caption> before "
+        "<think>, not in it) or 'r1' (1/2, R1-Reward's Table 1; no generation rows)")
     max_prompt_tokens: int = knob(1024, "longer prompts are skipped and counted, never cut")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
     exclude: str = knob("", "benchmark files; training rows that are in them too are left out "
@@ -141,11 +143,10 @@ class Config:
             raise ValueError("--pre_clip must be above 1, or 0 for off")
 
 
-PAPER = dict(data="wangclnlp/GRAM-RR-TrainingData:400000", heldout="",
-             batch_size=16, micro_batch=1,
-             rollout_batch=2, lr=1e-6, temperature=0.9, max_new_tokens=1024, max_steps=25_000,
-             max_prompt_tokens=4096, gradient_checkpointing=True, save_every=200,
-             skip_bad_rows=True)
+PAPER = dict(heldout="", micro_batch=1, rollout_batch=2, lr=1e-6, temperature=0.9, save_every=200,
+             gradient_checkpointing=True, skip_bad_rows=True,
+             data="wangclnlp/GRAM-RR-TrainingData:400000", batch_size=16, max_steps=25_000,
+             max_prompt_tokens=4096, max_new_tokens=1024)
 
 
 # --- same in stages 1, 2, 3: the equations --------------------------------------------------------

@@ -71,8 +71,9 @@ class Config:
     heldout: str = knob(HELDOUT, "rows judged before and after; '' for none")
     out: str = knob("runs/stage2_caption_grpo", "run folder; the same command resumes it")
     seed: int = knob(0, "of the data order and of sampling")
-    style: Literal["msrl", "r1"] = knob("msrl", "prompt and answer: 'msrl' (A/B, Figures 4-7) or "
-                                        "'r1' (1/2, R1-Reward's Table 1; no generation rows)")
+    style: Literal["msrl", "caption", "r1"] = knob(
+        "msrl", "prompt and answer: 'msrl' (A/B, Figures 4-7), 'caption' (<caption> before "
+        "<think>, not in it) or 'r1' (1/2, R1-Reward's Table 1; no generation rows)")
     max_prompt_tokens: int = knob(1024, "longer prompts are skipped and counted, never cut")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
     exclude: str = knob("", "benchmark files; training rows that are in them too are left out "
@@ -151,13 +152,13 @@ class Config:
         n_replay(self)
 
 
-PAPER = dict(data=common.TABLE_5.format(5000, 2500, 2580, 4323, 2500, 2539), heldout="",
+PAPER = dict(heldout="", micro_batch=1, rollout_batch=2, lr=1e-6, temperature=0.9, save_every=200,
+             gradient_checkpointing=True, skip_bad_rows=True,
+             data=common.TABLE_5.format(5000, 2500, 2580, 4323, 2500, 2539),
              captioner="OpenGVLab/InternVL3_5-8B-HF", caption_prompt="Describe this in detail.",
              replay="wangclnlp/GRAM-RR-TrainingData:4000", replay_candidates=4000,
-             batch_size=24, micro_batch=1,  # 20 + 4: of 16, no 5:1 can be made
-             rollout_batch=2, lr=1e-6, temperature=0.9, max_new_tokens=1024, max_steps=972,
-             max_prompt_tokens=4096, gradient_checkpointing=True, save_every=200,
-             skip_bad_rows=True)
+             batch_size=24, max_steps=972,  # 20 + 4 prompts: of 16, no 5:1 can be made
+             max_prompt_tokens=4096, max_new_tokens=1024)
 
 
 # --- same in stages 1, 2, 3: the equations --------------------------------------------------------
@@ -334,11 +335,7 @@ def main():
     state = common.open_run(cfg.out, cfg)
 
     # ------------------------------------------------------------------------------ model and data
-    data = cfg.data
-    if cfg.captioner:  # hours, and a model that is gone before the policy comes
-        common.check_checkpoint(cfg.model, Config.model)
-        common.check_sources(cfg.heldout, cfg.replay if n_replay(cfg) else "")
-        data = common.captioned(cfg, sample_group, device)
+    data = common.captioned(cfg, sample_group, device) if cfg.captioner else cfg.data
     model, encoder = common.load(cfg.model, device, made_by=Config.model, style=cfg.style)
     ref = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None
     if cfg.freeze_vision:
@@ -369,7 +366,7 @@ def main():
     bar = common.progress(start, cfg.max_steps, STAGE)
     for step in bar:
         began = time.time()
-        batch = mixed_batch(rows, saved.get("replay"), step, cfg)[mine]                 # B rows
+        batch = mixed_batch(rows, saved.get("replay"), step, cfg)[mine]                # B rows
         prompts = [encoder(row, FORM) for row in batch]
 
         # 1. sample G answers per prompt; another seed for every step and process

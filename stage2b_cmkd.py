@@ -10,9 +10,13 @@ when it sees the image.
     select    majority verdict, agreeing, well-formed, most confident    4.2, 1)-3)  select
     train     SFT on [<caption>c</caption>, o*], given only the pixels   4.2         stage 0's loop
 
+The teacher is asked in style "msrl" (Figures 4-7). With --style caption, as in --preset paper, the
+student's prompt asks for the <caption> that it learns to write.
+
 No gold label is used up to here: rows carry it along for the report alone.
 """
 
+import copy
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +49,9 @@ class Config:
     heldout: str = knob(HELDOUT, "rows judged before and after; '' for none")
     out: str = knob("runs/stage2b_cmkd", "run folder; the same command resumes it")
     seed: int = knob(0, "of sampling and of the order of rows and sides")
+    style: Literal["msrl", "caption"] = knob(
+        "msrl", "the student's prompt: 'caption' asks for the <caption> that is taught, 'msrl' "
+        "(Figures 4-7, the teacher's) does not. DEVIATION: the toy backbone knows only the figures")
     form: Literal["pixels", "caption"] = knob("pixels", "what the student is shown; the teacher "
                                               "reads captions")
     frames: int = knob(8, "frames per video, evenly spaced")
@@ -75,7 +82,7 @@ class Config:
 PAPER = dict(data="runs/stage2_caption_grpo/captioned.jsonl", heldout="", lr=2e-6,
              batch_size=128, micro_batch=1, epochs=1,
              max_prompt_tokens=8192, max_new_tokens=1024, gradient_checkpointing=True,
-             skip_bad_rows=True)
+             skip_bad_rows=True, style="caption")
 
 
 def select(texts, confidences):
@@ -142,48 +149,58 @@ def distilled(rows, samples):
     return kept, {**counts, "pseudo-label accuracy": round(right / max(len(kept), 1), 4)}
 
 
-def caption_text(row):
-    """`<caption>` as it stands before the reasoning; '' for a text row. UNSPECIFIED: how two
-    captions are put down; ours are named like the candidates."""
+def caption_text(row, style="msrl"):
+    """`<caption>` as it stands before the reasoning; '' for a text row. Two captions are headed as
+    in Figures 9 and 11. DEVIATION: not in style "msrl", for the toy backbone never met a "<"."""
     captions = row["captions"]
     if not row["media"]:
         return ""
     if len(captions) == 2:
         name = "Video" if row["task"].startswith("video") else "Image"
-        captions = [f"{name} A: {captions[0]}", f"{name} B: {captions[1]}"]
+        heading = "<{} {}>\n" if style == "caption" else "{} {}: "
+        captions = [heading.format(name, side) + caption
+                    for side, caption in zip("AB", captions, strict=True)]
     return "<caption>\n" + "\n".join(captions) + "\n</caption>\n"
 
 
-def target_text(row):
+def target_text(row, style="msrl"):
     """[c, o*]: the caption, then the rationale and the verdict."""
     think = f"<think>\n{row['rationale']}\n</think>\n<answer>\n{row['label']}\n</answer>"
-    return caption_text(row) + think
+    return caption_text(row, style) + think
 
 
 def main():
     cfg = common.parse_config(Config, __doc__, PAPER)
     device = common.start_processes(cfg.batch_size)
     state = common.open_run(cfg.out, cfg)
-    if common.trained_style(cfg.model) != "msrl":
+    if common.trained_style(cfg.model) == "r1":
         raise SystemExit(f"{cfg.model} was trained with --style r1; a <caption> belongs to MSRL's "
                          "templates only.")
-    model, encoder = common.load(cfg.model, device, made_by=Config.model, frames=cfg.frames,
-                                 max_tiles=cfg.max_tiles)
-    # What can fail comes before hours of sampling. The student's form is checked here; of the
-    # teacher's only that there are captions.
+    model, student = common.load(cfg.model, device, made_by=Config.model, frames=cfg.frames,
+                                 max_tiles=cfg.max_tiles, style=cfg.style)
+    teacher = copy.copy(student)  # the same model is both; they may be asked in different words
+    teacher.style = "msrl"
+    # what can fail comes before hours of sampling: both prompts are measured, in their own words
     limits = cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows
-    loaded = common.load_rows(cfg.data, encoder, *limits, cfg.exclude)
-    heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
-    rows = [row for row in loaded if row["captions"] or not row["media"]]
-    if not rows:
+    heldout = common.load_rows(cfg.heldout, student, *limits) if cfg.heldout else []
+    loaded = common.load_rows(cfg.data, student, *limits, cfg.exclude)
+    captioned = [row for row in loaded if row["captions"] or not row["media"]]
+    if not captioned:
         raise SystemExit(f"{cfg.data}: no row has captions; --captioner of stage 2 makes them.")
-    if common.rank() == 0 and len(rows) < len(loaded):
-        print(f"{len(loaded) - len(rows)} rows without captions left out")
+    rows = [row for row in captioned if teacher.check(row, "caption") <= cfg.max_prompt_tokens]
+    if not rows:
+        raise SystemExit(f"{cfg.data}: with captions every prompt is over {cfg.max_prompt_tokens} "
+                         "tokens; raise --max_prompt_tokens.")
+    if common.rank() == 0 and len(captioned) < len(loaded):
+        print(f"{len(loaded) - len(captioned)} rows without captions left out")
+    if common.rank() == 0 and len(rows) < len(captioned):
+        print(f"{len(captioned) - len(rows)} rows left out: with captions they are over "
+              f"{cfg.max_prompt_tokens} tokens")
     # the sides by a coin: the teacher may have a favourite, the labels' order is not to be trusted
     for i, row in enumerate(rows):
         if common.coin("cmkd", cfg.seed, row["id"]):
             rows[i] = common.swap(row)
-    rows, report = distilled(rows, distill(model, encoder, rows, cfg))
+    rows, report = distilled(rows, distill(model, teacher, rows, cfg))
     if not rows:
         raise SystemExit(f"{cfg.model} gave no usable rationale: {report}; see samples.jsonl")
     for row in rows:
@@ -191,7 +208,10 @@ def main():
     if common.rank() == 0:
         print("distilled: " + ", ".join(f"{name} {count}" for name, count in report.items()))
         common.write_lines(Path(cfg.out, "cmkd.jsonl"), rows)
-    finetune(model, encoder, rows, target_text, heldout, state, cfg, STAGE,
+
+    def target(row):
+        return target_text(row, cfg.style)
+    finetune(model, student, rows, target, heldout, state, cfg, STAGE,
              may_swap=lambda row: False,  # o* is what the teacher wrote about this order
              sample=sample_group)
     common.end_processes()

@@ -66,8 +66,9 @@ class Config:
     heldout: str = knob(HELDOUT, "rows judged before and after; '' for none")
     out: str = knob("runs/stage3_mm_grpo", "run folder; the same command resumes it")
     seed: int = knob(0, "of the data order and of sampling")
-    style: Literal["msrl", "r1"] = knob("msrl", "prompt and answer: 'msrl' (A/B, Figures 4-7) or "
-                                        "'r1' (1/2, R1-Reward's Table 1; no generation rows)")
+    style: Literal["msrl", "caption", "r1"] = knob(
+        "msrl", "prompt and answer: 'msrl' (A/B, Figures 4-7), 'caption' (<caption> before "
+        "<think>, not in it) or 'r1' (1/2, R1-Reward's Table 1; no generation rows)")
     max_prompt_tokens: int = knob(1024, "longer prompts are skipped and counted, never cut")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
     exclude: str = knob("", "benchmark files; training rows that are in them too are left out "
@@ -145,13 +146,13 @@ class Config:
             raise ValueError("--pre_clip must be above 1, or 0 for off")
 
 
-# UNSPECIFIED: whether stages 2 and 3 share rows. Ours do not: these follow those of stage 2.
-PAPER = dict(data=common.TABLE_5.format("8000@5000", "2500@2500", "2639@2580", "2343@4323",
-                                        "2500@2500", "2056@2539"), heldout="",
-             batch_size=16, micro_batch=1,  # tokens: 600 for two captions, and 2b's rationale
-             rollout_batch=2, lr=1e-6, temperature=0.9, max_new_tokens=2048, max_steps=1_252,
-             max_prompt_tokens=8192, gradient_checkpointing=True, save_every=200,
-             skip_bad_rows=True)
+PAPER = dict(heldout="", micro_batch=1, rollout_batch=2, lr=1e-6, temperature=0.9, save_every=200,
+             gradient_checkpointing=True, skip_bad_rows=True,
+             # UNSPECIFIED: whether stages 2 and 3 share rows. These follow those of stage 2.
+             data=common.TABLE_5.format("8000@5000", "2500@2500", "2639@2580", "2343@4323",
+                                        "2500@2500", "2056@2539"),
+             style="caption", batch_size=16, max_steps=1_252,
+             max_prompt_tokens=8192, max_new_tokens=2048)  # two captions, and 2b's rationale
 
 
 # --- same in stages 1, 2, 3: the equations --------------------------------------------------------

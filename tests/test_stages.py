@@ -17,6 +17,7 @@ from helpers import (
     torchrun, weights_of)
 
 import common
+import eval
 import stage0_sft
 import stage2_caption_grpo as stage2
 import stage2b_cmkd as cmkd
@@ -190,13 +191,19 @@ def test_targets_above_the_budget_are_counted(loaded, capsys):
 
 
 def test_the_target_is_the_caption_then_the_rationale():
-    # kills: the caption behind, the two captions of a pair confused by a swap, captions of texts
+    # kills: the caption behind, the two captions of a pair confused by a swap, captions of texts,
+    # other headings than the figures'
     row = {"task": "image_generation", "media": ["0.png", "1.png"], "captions": ["red", "blue"],
            "responses": None, "label": "A", "rationale": "Image A is right ."}
     tail = "</caption>\n<think>\nImage {0} is right .\n</think>\n<answer>\n{0}\n</answer>"
+    headed = "<caption>\n<Image A>\n{}\n<Image B>\n{}\n"  # as Figure 9 heads them
+    assert cmkd.target_text(row, "caption") == headed.format("red", "blue") + tail.format("A")
+    swapped = cmkd.target_text(common.swap(row), "caption")
+    assert swapped == headed.format("blue", "red") + tail.format("B")
+    assert common.caption_format_reward(swapped, row) == 1
     assert cmkd.target_text(row) == "<caption>\nImage A: red\nImage B: blue\n" + tail.format("A")
-    assert cmkd.target_text(common.swap(row)) == \
-        "<caption>\nImage A: blue\nImage B: red\n" + tail.format("B")
+    videos = cmkd.caption_text({**row, "task": "video_generation"}, "caption")  # Figure 11
+    assert videos == "<caption>\n<Video A>\nred\n<Video B>\nblue\n</caption>\n"
     row = {**row, "task": "video_understanding", "media": ["0.mp4"], "captions": ["a disc"]}
     assert cmkd.target_text(row).startswith("<caption>\na disc\n</caption>\n<think>\n")
     assert common.caption_format_reward(cmkd.target_text(row), row) == 1
@@ -215,6 +222,119 @@ def test_format_of_stage_3(text, seen, unseen):
     assert common.caption_format_reward(text, {"media": ["0.png"]}) == seen
     assert common.caption_format_reward(text, {"media": []}) == unseen == common.format_reward(
         text, {})
+
+
+# ------------------------------------------------------------- 2b and 3: what is asked and rewarded
+def as_figure_9(caption_first):
+    """An answer of the shape of Figure 9, or the same with its captions first in <caption>."""
+    captions = "<Image A>\nred .\n<Image B>\nblue .\n"
+    begin, inside = "", f"Caption:\n{captions}"
+    if caption_first:
+        begin, inside = f"<caption>\n{captions}</caption>\n", ""
+    return (f"{begin}<think>\n<type>image generation</type>\n{inside}Feedback:\nthe image is .\n"
+            "Comparison:\nImage B is better .\nConclusion:\nImage B is better .\n</think>\n"
+            "<answer>\nB\n</answer>")
+
+
+def reply_format(prompt):
+    """The lines of a prompt that the answer is to follow, "strictly"."""
+    return prompt.partition("strictly follow this format:\n")[2].partition("\nHere is the data.")[0]
+
+
+def test_stage_3_rewards_what_it_asks_for(world, tmp_path, monkeypatch):
+    # Three sampled answers: the prompt's own form filled in, Figure 9's, Figure 9's with the
+    # captions first. kills: Figures 4-7 shown and <caption> rewarded (the first earns 0), the
+    # <caption> asked for and not rewarded (the second earns 1)
+    assert stage3.PAPER["style"] == cmkd.PAPER["style"] == "caption"
+    rows = [r for r in lines(world / "mm_rl.jsonl") if r["task"] == "image_generation"]
+    for row in rows:
+        row["media"] = [str(world / medium) for medium in row["media"]]
+    common.write_lines(tmp_path / "pairs.jsonl", rows)
+    prompt = common.render(rows[0], style="caption")
+    answers = [reply_format(prompt).replace("A or B", "A"), as_figure_9(False), as_figure_9(True)]
+
+    def roll_out(model, encoder, prompts, cfg, generator):
+        ids = [encoder.answer_ids(text) for text in answers]
+        logp = [[-1.0] * len(answer) for answer in ids]
+        return stage3.Rollout([ids] * len(prompts), [logp] * len(prompts))
+    scores = stage3.score_answers
+    seen = []
+
+    def watched(texts, batch, functions):
+        seen.append((scores(texts, batch, functions), texts))
+        raise KeyboardInterrupt  # what follows would train on made-up log-probs
+    monkeypatch.setattr(stage3, "roll_out", roll_out)
+    monkeypatch.setattr(stage3, "score_answers", watched)
+    with pytest.raises(KeyboardInterrupt):
+        run_here(stage3.main, flags(**{**TINY, "max_steps": 1, "batch_size": 2}, style="caption",
+                                    heldout="", data=tmp_path / "pairs.jsonl",
+                                    max_prompt_tokens=3000, out=tmp_path / "run"))
+    (rewards, texts), = seen
+    assert texts[0] == answers and rewards["format"][0].tolist() == [1, 0, 1]
+    asked = reply_format(prompt)
+    assert asked.startswith("<caption>\n<provide a detailed description")
+    assert "Caption:" not in asked and asked.count("description") == 1
+
+
+def test_a_checkpoint_of_stage_3_is_asked_for_its_caption(world, tmp_path, monkeypatch):
+    # kills: a style that stage.json does not hold, eval.py with a prompt of its own
+    run_here(stage3.main, flags(**{**TINY, "max_steps": 1, "batch_size": 2}, heldout="",
+                                data=world / "mm_rl.jsonl:2", out=tmp_path / "three",
+                                style="caption", max_prompt_tokens=3000, max_new_tokens=9))
+    asked = []
+
+    def sample(model, encoder, prompts, *settings):
+        asked.extend(encoder.decode(prompt.ids) for prompt in prompts)
+        return stage3.Rollout([[encoder.answer_ids("hm")] for _ in prompts],
+                              [[[-1.0]] for _ in prompts])
+    monkeypatch.setattr(eval, "sample_group", sample)
+    command = flags(model=tmp_path / "three", data=world / "heldout_video_generation.jsonl")
+    run_here(eval.main, command)
+    assert len(asked) == 4  # two rows in both orders
+    assert all(reply_format(text).startswith("<caption>") for text in asked)
+    run_here(eval.main, [*command, "--style", "msrl"])
+    assert len(asked) == 8 and all("Caption:" in reply_format(text) for text in asked[4:])
+
+
+def test_the_teacher_is_asked_in_msrl_and_the_student_in_caption(world, encoder, tmp_path,
+                                                                 monkeypatch):
+    # kills: one style for both (either of them), the teacher shown pixels, only one of the two
+    # prompts measured, the teacher's measured in the student's style
+    rows = lines(world / "caption_rl.jsonl")[:4] + lines(world / "text_rl.jsonl")[:1]
+    for row in rows:
+        row["media"] = [str(world / medium) for medium in row["media"]]
+    rows[0]["captions"] = ["left red square . " * 999] * len(rows[0]["media"])
+    common.write_lines(tmp_path / "five.jsonl", rows)
+    measured, asked, learned = set(), [], []
+    check, collate = common.Encoder.check, stage0_sft.collate
+
+    def measure(self, row, form):
+        measured.add((self.style, form))
+        return check(self, row, form)
+
+    def sample(model, _, prompts, group_size, *settings):
+        asked.extend(encoder.decode(prompt.ids) for prompt in prompts)
+        ids = [encoder.answer_ids(answer("A"))] * group_size
+        return stage3.Rollout([ids] * len(prompts), [[[-1.0]] * group_size] * len(prompts))
+
+    def learn(prompts, *answers_and_settings):
+        learned.extend(encoder.decode(prompt.ids) for prompt in prompts)
+        return collate(prompts, *answers_and_settings)
+    monkeypatch.setattr(common.Encoder, "check", measure)
+    monkeypatch.setattr(cmkd, "sample_group", sample)
+    monkeypatch.setattr(stage0_sft, "collate", learn)
+    run_here(cmkd.main, flags(model=toy_world.PREBUILT, data=tmp_path / "five.jsonl", samples=2,
+                              epochs=1, batch_size=4, heldout="", max_prompt_tokens=3000,
+                              style="caption", out=tmp_path / "run"))
+    assert measured == {("caption", "pixels"), ("msrl", "caption")}
+    asked = [reply_format(text) for text in asked]
+    assert len(asked) == 4  # the row with the long caption is left out
+    assert sum("Caption:" in text for text in asked) == 3  # the text row has none
+    assert not any("<caption>" in text for text in asked)
+    learned = [reply_format(text) for text in learned]
+    assert len(learned) == 4 and not any("Caption:" in text for text in learned)
+    assert sum(text.startswith("<caption>") for text in learned) == 3
+    assert common.trained_style(tmp_path / "run") == "caption"  # eval.py asks so, too
 
 
 # ---------------------------------------------------------------------------------------- 2: replay

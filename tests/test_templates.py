@@ -1,6 +1,7 @@
 """
 The prompts, character by character. tests/templates/ holds Figures 4 to 7 in full (and the text
-template, which no paper prints): common.py derives two of the five from the others.
+template, which no paper prints), and the same with the <caption> first: common.py derives six of
+the nine from the others.
 """
 
 import re
@@ -20,6 +21,22 @@ FIGURES = {"image_understanding": 4, "image_generation": 5, "video_understanding
 def test_the_template_is_the_figure(task):
     # kills: a type in the list of task types turned into video with the rest, "motion" left out
     assert (TEMPLATES / f"{task}.txt").read_text() == common.TEMPLATES[task] + "\n"
+
+
+@pytest.mark.parametrize("task", FIGURES)
+def test_the_template_that_asks_for_the_caption_first(task):
+    # kills: `Caption:` left in <think>, two descriptions asked for, the figure itself changed
+    whole = (TEMPLATES / f"{task}_caption.txt").read_text()
+    assert whole == common.CAPTION_TEMPLATES[task] + "\n"
+    row = {"task": task, "prompt": "why?", "responses": None, "media": ["x", "y"]}
+    before_data = whole.partition("{")[0]
+    assert common.render(row, style="caption").startswith(before_data)
+    assert not common.render(row).startswith(before_data)
+
+
+def test_texts_have_nothing_to_describe():
+    assert common.CAPTION_TEMPLATES["text"] == common.TEMPLATES["text"]
+    assert common.CAPTION_TEMPLATES.keys() == common.TEMPLATES.keys()
 
 
 def test_a_text_that_does_not_occur_cannot_be_replaced():
