@@ -638,8 +638,9 @@ def test_a_reward_model_remembers_how_it_looks(world, tmp_path, monkeypatch):
     real = ev.load_judge
 
     def load_judge(*args):
-        loaded.extend(real(*args))
-        return loaded
+        judges = real(*args)
+        loaded.extend(judges)
+        return judges
     monkeypatch.setattr(ev, "load_judge", load_judge)
     args = ["--model", out, "--data", world / "heldout_text.jsonl"]
     run_here(ev.main, args)

@@ -381,6 +381,7 @@ def test_captions_come_from_a_checkpoint(world, loaded, tmp_path, monkeypatch):
         row["true"], row["captions"] = row["captions"], ["given"] * len(row["media"]) * (i == 0)
     common.write_lines(tmp_path / "bare.jsonl", rows)
     cfg = stage2.Config(data=str(tmp_path / "bare.jsonl"), captioner=str(toy_world.PREBUILT),
+                        model=str(toy_world.PREBUILT), heldout="", replay_ratio="1:0",
                         out=str(tmp_path))
     calls = []
 
@@ -481,6 +482,7 @@ def test_captions_and_distillation_on_two_processes(world, tmp_path):
         replay_ratio="1:0", out=tmp_path / "two")])
     got = lines(tmp_path / "two" / "captioned.jsonl")
     cfg = stage2.Config(data=str(tmp_path / "bare.jsonl"), captioner=str(toy_world.PREBUILT),
+                        model=str(toy_world.PREBUILT), heldout="", replay_ratio="1:0",
                         out=str(tmp_path))
     assert got == lines(common.captioned(cfg, stage2.sample_group, "cpu"))
     torchrun([ROOT / "stage2b_cmkd.py", *flags(
