@@ -275,7 +275,7 @@ def grpo_update(model, ref, encoder, optimizer, prompts, answers, advantage, kee
 
 
 def pieces(start, stop, size):
-    """slices of `size` prompts, the last one with what is left"""
+    """Slices of `size` prompts, the last one with what is left."""
     return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
@@ -291,7 +291,7 @@ def frozen_logps(model, encoder, prompts, answers, minis, cfg):
 
 
 def add_up(totals, values, owner):
-    """Adds {name: values [b, S]} and the number of tokens to the totals; padding counts nowhere."""
+    """Add {name: values [b, S]} and the number of tokens to the totals; padding counts nowhere."""
     for name, value in values.items():
         totals[name] += value[owner > 0].double().sum().item()
     totals["tokens"] += (owner > 0).sum().item()

@@ -424,6 +424,17 @@ def vision(folder):
             if "vision_tower" in name or "projector" in name}
 
 
+@pytest.mark.parametrize("missing", ["model", "replay", "heldout"])
+def test_what_is_missing_is_found_before_the_captioners_hours(world, tmp_path, missing):
+    # kills: a captioner that describes 20,000 images for a run that cannot start
+    args = {"model": toy_world.PREBUILT, "replay": world / "text_rl.jsonl", "heldout": "",
+            missing: tmp_path / "none.jsonl"}
+    with pytest.raises(SystemExit, match="none.jsonl"):
+        run_here(stage2.main, flags(**args, data=world / "caption_rl.jsonl",
+                                    captioner=toy_world.PREBUILT, out=tmp_path / "run"))
+    assert not (tmp_path / "run" / "captions.jsonl").exists()
+
+
 def test_stage_2_runs_and_resumes(world, loaded, tmp_path):
     # Replayed texts and task reward are in; the vision tower has nothing to learn from captions.
     # kills: other replayed rows after a resume, pixels shown, a task reward of 1
