@@ -1348,17 +1348,32 @@ def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_
     excluded = fingerprints(exclude)
     bad, counts = Counter(), Counter()
 
+    def check(raw, where, folder):
+        """-> the rows of a raw row and None, or none and what is wrong with it."""
+        try:
+            return list(checked(raw, where, folder, encoder, form)), None
+        except BadRow as e:
+            return [], str(e)
+
     def good_rows(source, shuffle):
-        """Yield the rows of one source that are not bad."""
-        for where, raw in tqdm(raw_rows(source, shuffle), desc=f"reading {source}", unit=" rows",
-                               disable=quiet, mininterval=1, leave=False):
-            try:
-                yield from list(checked(raw, where, Path(source).parent, encoder, form))
-            except BadRow as e:
-                if not skip_bad_rows:
-                    raise SystemExit(f"{where}: row {e}.\nMend it, or pass --skip_bad_rows to "
-                                     "leave such rows out and count them.") from None
-                bad[str(e)[:60]] += 1
+        """Yield the rows of one source that are not bad. Each process checks its share, because to
+        check a row is to read its media."""
+        raws = iter(tqdm(raw_rows(source, shuffle), desc=f"reading {source}", unit=" rows",
+                         disable=quiet, mininterval=1, leave=False))
+        chunk = list(islice(raws, 32 * world()))
+        while chunk:
+            results = []
+            for place in range(rank(), len(chunk), world()):
+                where, raw = chunk[place]
+                results.append((place, check(raw, where, Path(source).parent)))
+            for place, (rows, complaint) in sorted(gather_list(results), key=lambda x: x[0]):
+                if complaint and not skip_bad_rows:
+                    raise SystemExit(f"{chunk[place][0]}: row {complaint}.\nMend it, or pass "
+                                     "--skip_bad_rows to leave such rows out and count them.")
+                if complaint:
+                    bad[complaint[:60]] += 1
+                yield from rows
+            chunk = list(islice(raws, 32 * world()))
 
     rows = []
     for source in sources.split(","):

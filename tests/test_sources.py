@@ -3,13 +3,14 @@ Where rows come from: files, samples of files, several sources, Parquet, videos;
 left out on purpose. "kills:" names plausible wrong versions of the source that make a test fail.
 """
 
+import json
 import re
 from collections import Counter
 
 import av
 import datasets
 import pytest
-from helpers import better, picture, rows_of, text_row, write, write_video
+from helpers import PROGRAMS, better, picture, rows_of, text_row, torchrun, write, write_video
 
 import common
 
@@ -155,3 +156,18 @@ def test_variable_frame_rate_and_short_videos(here):
     assert all(abs(a - b) <= 6 for a, b in zip(levels, (0, 20, 40, 60), strict=True))
     assert len(common.open_video(write_video(here / "one.mp4", 1), 8)) == 1
     assert len(common.open_video(write_video(here / "three.mp4", 3), 8)) == 3
+
+
+def test_each_process_reads_its_share_of_the_media(tmp_path):
+    """Every row is checked by one process, and all hold the same rows in the same order, whichever
+    they leave out. kills: every process reads all media; rows in the order of the processes"""
+    rows = [text_row(id=i, prompt="x" * (9 if i % 3 else 99)) for i in range(150)]
+    rows[70]["label"] = "C"
+    path = write(tmp_path / "rows.jsonl", rows)
+    torchrun([PROGRAMS / "shares.py", path, tmp_path])
+    got = [json.loads((tmp_path / f"share-{rank}.json").read_text()) for rank in (0, 1)]
+    assert got[0]["whole"] == got[1]["whole"] == [str(i) for i in range(150) if i != 70]
+    assert got[0]["sample"] == got[1]["sample"] and len(got[0]["sample"]) == 90
+    reads = [set(part["checked"]) for part in got]
+    assert not reads[0] & reads[1] and len(reads[0] | reads[1]) == 149  # the bad row has no length
+    assert got[0]["refused"] == got[1]["refused"] and "rows.jsonl:71" in got[0]["refused"]
