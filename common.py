@@ -1331,6 +1331,33 @@ def checked(raw, where, folder, encoder, form):
         yield row
 
 
+def good_rows(source, shuffle, encoder, form, bad, skip_bad_rows, quiet):
+    """Yield the checked rows of one source that are not bad; those that are go into the Counter
+    `bad`, or stop the run. Each process checks its share, because to check a row is to read its
+    media, and all yield all rows."""
+    def check(place):
+        """-> place, the rows of this raw row, and what is wrong with it or None."""
+        where, raw = chunk[place]
+        try:
+            return place, list(checked(raw, where, Path(source).parent, encoder, form)), None
+        except BadRow as e:
+            return place, [], str(e)
+
+    raws = iter(tqdm(raw_rows(source, shuffle), desc=f"reading {source}", unit=" rows",
+                     disable=quiet, mininterval=1, leave=False))
+    chunk = list(islice(raws, 32 * world()))
+    while chunk:
+        results = gather_list([check(place) for place in range(rank(), len(chunk), world())])
+        for place, rows, complaint in sorted(results, key=lambda result: result[0]):
+            if complaint and not skip_bad_rows:
+                raise SystemExit(f"{chunk[place][0]}: row {complaint}.\nMend it, or pass "
+                                 "--skip_bad_rows to leave such rows out and count them.")
+            if complaint:
+                bad[complaint[:60]] += 1
+            yield from rows
+        chunk = list(islice(raws, 32 * world()))
+
+
 def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_rows=False,
               exclude="", quiet=False) -> list[Row]:
     """Comma-separated sources -> list of checked preference rows, each with the length of its
@@ -1348,41 +1375,15 @@ def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_
     excluded = fingerprints(exclude)
     bad, counts = Counter(), Counter()
 
-    def check(raw, where, folder):
-        """-> the rows of a raw row and None, or none and what is wrong with it."""
-        try:
-            return list(checked(raw, where, folder, encoder, form)), None
-        except BadRow as e:
-            return [], str(e)
-
-    def good_rows(source, shuffle):
-        """Yield the rows of one source that are not bad. Each process checks its share, because to
-        check a row is to read its media."""
-        raws = iter(tqdm(raw_rows(source, shuffle), desc=f"reading {source}", unit=" rows",
-                         disable=quiet, mininterval=1, leave=False))
-        chunk = list(islice(raws, 32 * world()))
-        while chunk:
-            results = []
-            for place in range(rank(), len(chunk), world()):
-                where, raw = chunk[place]
-                results.append((place, check(raw, where, Path(source).parent)))
-            for place, (rows, complaint) in sorted(gather_list(results), key=lambda x: x[0]):
-                if complaint and not skip_bad_rows:
-                    raise SystemExit(f"{chunk[place][0]}: row {complaint}.\nMend it, or pass "
-                                     "--skip_bad_rows to leave such rows out and count them.")
-                if complaint:
-                    bad[complaint[:60]] += 1
-                yield from rows
-            chunk = list(islice(raws, 32 * world()))
-
     rows = []
     for source in sources.split(","):
         sample = re.fullmatch(r"(.+?):(\d+)(?:@(\d+))?", source)
         if sample is None:
-            taken = list(good_rows(source, shuffle=False))
+            taken = list(good_rows(source, False, encoder, form, bad, skip_bad_rows, quiet))
         else:  # the same in every run
             source, wanted, offset = sample[1], int(sample[2]), int(sample[3] or 0)
-            taken = list(islice(good_rows(source, shuffle=True), offset, offset + wanted))
+            found = good_rows(source, True, encoder, form, bad, skip_bad_rows, quiet)
+            taken = list(islice(found, offset, offset + wanted))
             if len(taken) < wanted and not quiet:
                 print(f"{sample[0]}: only {len(taken)} rows to give")
         for row in taken:
