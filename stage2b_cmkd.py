@@ -149,24 +149,23 @@ def distilled(rows, samples):
     return kept, {**counts, "pseudo-label accuracy": round(right / max(len(kept), 1), 4)}
 
 
-def caption_text(row, style="msrl"):
-    """`<caption>` as it stands before the reasoning; '' for a text row. Two captions are headed as
-    in Figures 9 and 11. DEVIATION: not in style "msrl", for the toy backbone never met a "<"."""
+def caption_text(row):
+    """`<caption>` as it stands before the reasoning, two captions headed as in Figures 9 and 11;
+    '' for a text row."""
     captions = row["captions"]
     if not row["media"]:
         return ""
     if len(captions) == 2:
         name = "Video" if row["task"].startswith("video") else "Image"
-        heading = "<{} {}>\n" if style == "caption" else "{} {}: "
-        captions = [heading.format(name, side) + caption
+        captions = [f"<{name} {side}>\n{caption}"
                     for side, caption in zip("AB", captions, strict=True)]
     return "<caption>\n" + "\n".join(captions) + "\n</caption>\n"
 
 
-def target_text(row, style="msrl"):
+def target_text(row):
     """[c, o*]: the caption, then the rationale and the verdict."""
     think = f"<think>\n{row['rationale']}\n</think>\n<answer>\n{row['label']}\n</answer>"
-    return caption_text(row, style) + think
+    return caption_text(row) + think
 
 
 def main():
@@ -208,10 +207,7 @@ def main():
     if common.rank() == 0:
         print("distilled: " + ", ".join(f"{name} {count}" for name, count in report.items()))
         common.write_lines(Path(cfg.out, "cmkd.jsonl"), rows)
-
-    def target(row):
-        return target_text(row, cfg.style)
-    finetune(model, student, rows, target, heldout, state, cfg, STAGE,
+    finetune(model, student, rows, target_text, heldout, state, cfg, STAGE,
              may_swap=lambda row: False,  # o* is what the teacher wrote about this order
              sample=sample_group)
     common.end_processes()
