@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 import common
 from common import knob
+from data import TABLE_5, better_first, load_rows, raw_rows
 from stage1_text_grpo import pack, sample_group
 
 STAGE = Path(__file__).stem
@@ -149,7 +150,7 @@ class Config:
 # MSRL A.2: one epoch over "the complete set" of labelled multimodal rows, here those of stages 2
 # and 3 together, at 1e-5 and 128
 PAPER = dict(model="OpenGVLab/InternVL3_5-8B-HF", heldout="", epochs=1, batch_size=128, lr=1e-5,
-             data=common.TABLE_5.format(13000, 5000, 5219, 6666, 5000, 4595), micro_batch=1,
+             data=TABLE_5.format(13000, 5000, 5219, 6666, 5000, 4595), micro_batch=1,
              max_prompt_tokens=8192, judge_tokens=2048, gradient_checkpointing=True,
              skip_bad_rows=True)
 
@@ -407,8 +408,8 @@ def load_pairs(sources, encoder, settings, cfg, exclude=""):
         return measure(row, encoder, settings)
 
     reader = SimpleNamespace(forbidden=encoder.forbidden, check=check)  # all that load_rows() needs
-    rows = common.load_rows(sources, reader, "pixels", cfg.max_prompt_tokens, cfg.skip_bad_rows,
-                            exclude)
+    rows = load_rows(sources, reader, "pixels", cfg.max_prompt_tokens, cfg.skip_bad_rows,
+                     exclude)
     kept = [row for row in rows if not candidates_are_equal(row, encoder, settings)]
     limit = settings["max_response_tokens"]
     if common.rank() == 0 and len(kept) < len(rows):
@@ -978,8 +979,8 @@ def pairs_of(row, models, cfg):
         return [], outcomes + Counter(["malformed scores"])
     pairs = []
     for i, j in agreed(listwise, [score for score, in pointwise]):
-        pair = common.better_first(f"{row['id']}/{i}-{j}", row["prompt"], responses[i],
-                                   responses[j], row["task"], row["media"], source="constructed")
+        pair = better_first(f"{row['id']}/{i}-{j}", row["prompt"], responses[i],
+                            responses[j], row["task"], row["media"], source="constructed")
         if responses[i] != responses[j] and usable(pair, models):
             pairs.append(pair)
     return pairs, outcomes + Counter([done])
@@ -1022,7 +1023,7 @@ def construct(cfg, device):
     """Every row of --construct -> pairs.jsonl. All checkpoints are in memory at once."""
     rows, out = [], Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    for where, raw in common.raw_rows(cfg.construct):
+    for where, raw in raw_rows(cfg.construct):
         try:
             rows.append(check_prompt(raw, Path(cfg.construct).resolve().parent))
         except common.BadRow as e:

@@ -23,9 +23,7 @@ The rules, the same for every benchmark:
               and unequal weights, make it smaller than n.
 """
 
-import ast
 import base64
-import csv
 import html
 import io
 import json
@@ -39,7 +37,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -48,6 +45,7 @@ from tqdm import tqdm
 import bt_reward
 import common
 from common import BadRow, knob, majority
+from data import BENCHMARKS, GROUPINGS, file_rows, find_medium, grouped, load_rows, read_benchmark
 from stage1_text_grpo import sample_group
 
 # ==================================================================================================
@@ -82,7 +80,7 @@ def read_predictions(path, rows):
     for row in rows:
         rows_with.setdefault(row["id"], set()).add(row["row"])
     preds, first_seen = [], {}
-    for where, line in common.file_rows(Path(path)):
+    for where, line in file_rows(Path(path)):
         try:
             for pred in predictions_in(line):
                 locate(pred, rows_with, places)
@@ -261,15 +259,6 @@ def mean(rows, figure="points"):
 def column(rows):
     """-> (accuracy, rows of the data file)"""
     return mean(rows), len({row["row"] for row in rows})
-
-
-def grouped(rows, key):
-    """-> {value of `key`: its rows}; rows without a value are in no group"""
-    groups = {}
-    for row in rows:
-        groups.setdefault(row.get(key), []).append(row)
-    groups.pop(None, None)
-    return groups
 
 
 def score(rows, preds, benchmark="rows", style="msrl"):
@@ -577,353 +566,6 @@ def show(title, result):
 
 
 # ==================================================================================================
-# 3. Benchmarks, read as published: each function turns one published row into preference rows.
-
-def vl_rewardbench(r, where):
-    """MMInstruction/VL-RewardBench: human_ranking holds ranks, 0 is the best. Ids repeat."""
-    ranks, responses = as_list(r["human_ranking"]), as_list(r["response"])
-    if sorted(ranks) != [0, 1]:
-        raise BadRow(f"has human_ranking {ranks}, not [0, 1] or [1, 0]")
-    yield {"task": "image_understanding", "prompt": r["query"], "responses": responses,
-           "media": [r.get("image") or f"images/{r['id']}.png"], "label": "AB"[ranks[0]],
-           "part": GROUPINGS["official"](str(r["id"])), "cluster": str(r["id"])}
-
-
-def as_list(value):
-    """A list, or one written as text"""
-    return ast.literal_eval(value) if isinstance(value, str) else list(value)
-
-
-def grouping(*hallucination):
-    """id -> group, by what stands before its first "_" or "-" (not by query_source)."""
-    def group(id):
-        prefix = re.split("[_-]", id)[0]
-        if prefix in hallucination:
-            return "hallucination"
-        return "reasoning" if prefix in ("mathverse", "mmmu") else "general"
-    return group
-
-
-# The same predictions, other macro means. Rows: general / hallucination / reasoning of 1,250.
-GROUPINGS = {
-    "official": grouping("RLAIF", "RLHF", "hallucination"),                      # 183 / 749 / 318
-    "of UnifiedReward's scripts (wrong: no POVID)": grouping("RLAIF", "RLHF"),   # 631 / 301 / 318
-    "of R1-Reward's get_acc.py (wrong: POVID only)": grouping("hallucination")}  # 484 / 448 / 318
-
-
-def multimodal_rewardbench(r, where):
-    """facebookresearch/multimodal_rewardbench: safety and reasoning are split by the id. Its scorer
-    tosses a coin for unparsable answers; here they are wrong."""
-    part, id = r["Category"].rpartition("/")[2].removesuffix("_task"), r["ID"].lower()
-    better = {"Output1": "A", "Output2": "B"}.get(r["Better"])
-    if better is None:
-        raise BadRow(f"has Better {r['Better']!r}, not 'Output1' or 'Output2'")
-    half = None  # of safety
-    if part == "safety":
-        half = "safety/bias" if id.startswith("pairs") else "safety/toxicity"
-    if part == "reasoning":
-        part = "math" if id.startswith("math") else "coding"
-    yield {"task": "image_understanding", "prompt": r.get("Text"), "media": [r.get("Image")],
-           "responses": [r["Output1"], r["Output2"]], "label": better,
-           "part": part, "also": half}
-
-
-def mm_rlhf_rewardbench(r, where):
-    """yifanzhang114/MM-RLHF-RewardBench: 170 pairs of 46 prompts. A: chosen. The category is the
-    word in the path of the image, or of the video's folder of frames."""
-    medium = r.get("video") or r["image"]
-    path = medium["path"] if isinstance(medium, dict) else medium
-    part = next((c for c in ("mcq", "long", "short", "safety", "video") if c in path), None)
-    if part is None:
-        raise BadRow(f"has its image at {path!r}: no mcq, long, short, safety or video in it")
-    task = "video_understanding" if r.get("video") else "image_understanding"
-    yield {"task": task, "prompt": r["prompt"], "responses": [r["chosen"], r["rejected"]],
-           "media": [medium], "label": "A", "part": part, "cluster": str(r["id"])}
-
-
-def genai(r, where):
-    """TIGER-Lab/GenAI-Bench (videos are URLs: put the files in videos/), and UnifiedReward's
-    data.json, which says video_left for left_video. A: left. Judges of ours never say tie, so
-    their 4-way accuracy is at most the share of rows without one."""
-    labels = {"leftvote": "A", "rightvote": "B", "tievote": "tie", "bothbad_vote": "bothbad"}
-    if r["vote_type"] not in labels:
-        raise BadRow(f"has vote_type {r['vote_type']!r}, not one of {', '.join(labels)}")
-    kind = "image" if {"left_image", "image_left"} & r.keys() else "video"
-    left = r.get(f"left_{kind}") or r[f"{kind}_left"]
-    right = r.get(f"right_{kind}") or r[f"{kind}_right"]
-    yield {"task": f"{kind}_generation", "prompt": r["prompt"], "media": [left, right],
-           "label": labels[r["vote_type"]]}
-
-
-def videogen_rewardbench(r, where):
-    """KwaiVGI/VideoGen-RewardBench, its Overall column, which may carry blanks or be missing: such
-    rows do not count. Ties count in the column "with ties" only."""
-    label = str(r.get("Overall") or "").strip()
-    if label in ("", "nan", "None"):
-        label = None
-    elif label not in ("A", "B", "same"):
-        raise BadRow(f"has Overall {label!r}, not 'A', 'B' or 'same'")
-    yield {"task": "video_generation", "prompt": r["prompt"], "media": [r["path_A"], r["path_B"]],
-           "label": label, "weight": label in ("A", "B"), "also": "no tie"}
-
-
-def sharegpt_video(r, where):
-    """ShareGPTVideo's sft_dpo_17k.jsonl. A: chosen. UNSPECIFIED: MSRL's test split is not public;
-    this is a tenth of the videos with all their pairs, which no stage trains on."""
-    held = common.held_out(r["video"])
-    yield {"task": "video_understanding", "prompt": r["prompt"], "media": [r["video"]],
-           "responses": [r["chosen"], r["rejected"]], "label": "A" if held else None,
-           "weight": held, "cluster": str(r["video"])}
-
-
-SECTIONS = {  # subset -> how many rows it weighs in its section: math-prm as much as all the code
-    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95,
-             "mt-bench-easy": 28, "mt-bench-med": 40},
-    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
-                  "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
-    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
-               "xstest-should-respond": 250, "donotanswer": 136},
-    "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164,
-                  "hep-python": 164, "hep-rust": 164}}
-
-
-def rewardbench(r, where):
-    """allenai/reward-bench. A: chosen. A section is the mean of its subsets by the counts above,
-    the overall figure the mean of the four sections."""
-    for section, subsets in SECTIONS.items():
-        if r["subset"] in subsets:
-            yield {"task": "text", "prompt": r["prompt"], "label": "A", "part": section,
-                   "responses": [r["chosen"], r["rejected"]], "subset": r["subset"]}
-            return
-    raise BadRow(f"has subset {r['subset']!r} of no section; the split to use is 'filtered'")
-
-
-def rm_bench(r, where):
-    """THU-KEG/RM-Bench: three styles of a right and of a wrong answer (0, 1, 2: concise, detailed,
-    detailed in Markdown), all nine pairs. A: chosen. It is hard where the wrong answer has the
-    richer style. The files of single domains name theirs in the file name only."""
-    file = Path(where).name.lower()
-    in_name = next((d for d in ("chat", "code", "math", "safety") if d in file), "all")
-    domain = str(r.get("domain") or in_name)
-    if len(r["chosen"]) != 3 or len(r["rejected"]) != 3:
-        raise BadRow("must have three styles in 'chosen' and three in 'rejected'")
-    for i, better in enumerate(r["chosen"]):
-        for j, worse in enumerate(r["rejected"]):
-            level = "easy" if i > j else "hard"
-            yield {"task": "text", "prompt": r["prompt"], "responses": [better, worse], "i": i,
-                   "j": j, "label": "A", "part": "safety" if "safety" in domain else domain,
-                   "also": "normal" if i == j else level}
-
-
-SUBSETS = ("Factuality", "Focus", "Math", "Precise IF", "Safety", "Ties")
-
-
-def rewardbench2(r, where):
-    """allenai/reward-bench-2: one chosen and three rejected responses; in Ties several correct and
-    several wrong ones to a question, which has a row "ref:n" and a row "tied:n". A: chosen. All
-    pairs of a chosen and a rejected response, so a judge of pairs does with six judgements what
-    best of 4 asks. DEVIATION: the official script for judges shows all four at once and gives 0.25
-    for an unparsable answer; such verdicts are read as scores 1 and 0, four equal ones for none."""
-    if r["subset"] not in SUBSETS:
-        raise BadRow(f"has subset {r['subset']!r}, not one of {', '.join(SUBSETS)}")
-    ties = r["subset"] == "Ties"
-    kind, _, question = str(r["id"]).partition(":")
-    if ties and (kind not in ("ref", "tied") or not r["chosen"] or not r["rejected"]):
-        raise BadRow(f"of Ties has id {r['id']!r}, not 'ref:n' or 'tied:n', or lacks responses")
-    if not ties and (len(r["chosen"]), len(r["rejected"])) != (1, 3):
-        raise BadRow("must have one response in 'chosen' and three in 'rejected'")
-    for i, better in enumerate(r["chosen"]):
-        for j, worse in enumerate(r["rejected"]):
-            pair = {"task": "text", "prompt": r["prompt"], "responses": [better, worse], "i": i,
-                    "j": j, "label": "A", "part": r["subset"]}
-            if ties:
-                pair["cluster"] = f"ties {question}"
-            yield pair
-
-
-def mmrb2(r, where):
-    """rl-research/multimodal-rewardbench-2, a config: Multimodal RewardBench 2. A: response_a. Our
-    prompts show t2i (two images) and what of `reasoning` has at most one image; a judge refuses
-    other rows, which --skip_bad_rows counts as wrong. UNSPECIFIED: how `chosen` spells the sides
-    (read: A, a, response_a)."""
-    label = str(r["chosen"]).upper().removeprefix("RESPONSE_")
-    if label not in ("A", "B"):
-        raise BadRow(f"has chosen {r['chosen']!r}, neither A nor B")
-    prompt, *responses = [re.sub(r"\s*<image_\d+>", "", r[f"{name}_text"] or "").strip()
-                          for name in ("prompt", "response_a", "response_b")]
-    images_a, images_b = list(r["response_a_images"] or ()), list(r["response_b_images"] or ())
-    media = [*images_a, *images_b, *(r["prompt_images"] or ())]
-    task = "image_understanding" if media else "text"
-    if images_a and images_b:
-        task = "image_generation"
-        responses = responses if any(responses) else None  # with texts no judge of ours takes it
-    yield {"task": task, "prompt": prompt, "responses": responses, "media": media, "label": label}
-
-
-# name: (reader, rows as published, hub config, hub split, its file in a folder)
-BENCHMARKS = {
-    "vl_rewardbench": (vl_rewardbench, (1250, 1247), None, "test", "data/test-*.parquet"),
-    "multimodal_rewardbench": (multimodal_rewardbench, (4711,), None, "test", "**/all_data.json"),
-    "mm_rlhf_rewardbench": (mm_rlhf_rewardbench, (170,), None, "train", "mm_reward_bench.jsonl"),
-    "genai_image": (genai, (1735, 3192), "image_generation", "test_v1",
-                    "{config}/{split}-*.parquet"),
-    "genai_video": (genai, (1069, 1889), "video_generation", "test_v1",
-                    "{config}/{split}-*.parquet"),
-    "videogen_rewardbench": (videogen_rewardbench, range(26_000, 27_000), None, "eval",
-                             "videogen-rewardbench.csv"),
-    "sharegpt_video": (sharegpt_video, range(16_000, 18_000), None, "train",
-                       "**/sft_dpo_17k.jsonl"),
-    "rewardbench": (rewardbench, (2985,), None, "filtered", "data/filtered-*.parquet"),
-    "rm_bench": (rm_bench, (1327, 129, 228, 284, 157, 529), None, "train", "total_dataset.json"),
-    "rewardbench2": (rewardbench2, (1865,), None, "test", "data/test-*.parquet"),
-    "mmrb2_t2i": (mmrb2, (1000,), "t2i", "test", "{config}/{split}-*.parquet"),
-    "mmrb2_edit": (mmrb2, (1000,), "edit", "test", "{config}/{split}-*.parquet"),
-    "mmrb2_interleaved": (mmrb2, (1000,), "interleaved", "test", "{config}/{split}-*.parquet"),
-    "mmrb2_reasoning": (mmrb2, (1000,), "reasoning", "test", "{config}/{split}-*.parquet"),
-    "rows": None}  # preference rows, or a training set that common.py knows
-
-
-def read_benchmark(name, source, split=None, media=None, skip_bad_rows=False):
-    """-> all rows, those that do not count included, so that "row" is the index in the file. Their
-    media are paths: "all" of those that can be judged, those "if there", or none (None). Raises
-    SystemExit where a row does not have the published form."""
-    if name == "rows":
-        return plain_rows(source, skip_bad_rows)
-    reader, published, config, default_split, file = BENCHMARKS[name]
-    split = split or default_split
-    rows, n = [], 0
-    for path in files_of(source, file.format(config=config, split=split)):
-        for where, raw in raw_rows(path, config, split):
-            try:
-                for row in converted(reader, raw, where, n):
-                    row["media"] = media_paths(row, media, Path(path).parent)
-                    rows.append(row)
-            except BadRow as e:
-                raise SystemExit(f"{where}: row {e}.") from None
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError, SyntaxError) as e:
-                raise SystemExit(f"{where}: row does not have the published form of {name} "
-                                 f"({type(e).__name__}: {e}).") from None
-            n += 1
-    if n not in published and common.rank() == 0:
-        sizes = f"about {published[len(published) // 2]}"
-        if isinstance(published, tuple):
-            sizes = " or ".join(map(str, published))
-        print(f"warning: {source} has {n} rows; {name} as published has {sizes}", file=sys.stderr)
-    set_weights(name, rows)
-    return rows
-
-
-def plain_rows(source, skip_bad_rows):
-    """Preference rows as for training; their columns are the subsets, or the tasks."""
-    no_model_yet = SimpleNamespace(forbidden=(), check=lambda row, form: 0)
-    rows = common.load_rows(source, no_model_yet, skip_bad_rows=skip_bad_rows)
-    for n, row in enumerate(rows):
-        row.pop("i", None)  # a user's keys, not RM-Bench's styles
-        row.pop("j", None)
-        row.pop("also", None)
-        row |= {"row": n, "part": row.get("subset") or row["task"], "weight": 1,
-                "cluster": f"row {n}"}
-    return rows
-
-
-def converted(reader, raw, where, n):
-    """Row n of a data file -> its preference rows, media as published. Raises BadRow, and what else
-    a row of another form raises."""
-    if isinstance(raw, BadRow):  # file_rows() found no JSON there
-        raise raw
-    if not isinstance(raw, dict):
-        raise BadRow("is not an object")
-    names = ("id", "ID", "idx", "pair_id")
-    id = next((str(raw[name]) for name in names if raw.get(name) is not None), str(n))
-    for fields in reader(raw, where):
-        row = {"id": id, "row": n, "part": None, "weight": 1, "cluster": f"row {n}",
-               "responses": None, "media": [], **fields}
-        row["prompt"] = re.sub(r"\s*<(image|video)>\s*", "", row["prompt"] or "")
-        yield row
-
-
-def media_paths(row, media, folder):
-    """-> paths; `media` as for read_benchmark()"""
-    if not media or not row["label"]:
-        return []
-    paths = []
-    for medium in row["media"]:
-        if medium is not None or media == "all":  # the page does without what is missing
-            paths.append(find_medium(medium, folder))
-    return paths
-
-
-def set_weights(name, rows):
-    """Weigh rows such that the overall figure is the benchmark's own mean of means."""
-    if name == "rm_bench":
-        sizes = Counter([row["part"] for row in rows])
-        for row in rows:
-            row["weight"] = 1 / sizes[row["part"]]
-    if name == "rewardbench":
-        sizes = Counter([row["subset"] for row in rows])
-        for row in rows:
-            section = SECTIONS[row["part"]]
-            total = sum([section[subset] for subset in section if subset in sizes])
-            row["weight"] = section[row["subset"]] / total / sizes[row["subset"]]
-    if name == "rewardbench2":
-        pairs = Counter([row["row"] for row in rows])
-        for of_subset in grouped(rows, "part").values():
-            n = len({row["row"] for row in of_subset})
-            for row in of_subset:
-                row["weight"] = 1 / n / pairs[row["row"]]
-        warn_of_halves([row for row in rows if row["part"] == "Ties"])
-
-
-def warn_of_halves(ties):
-    """RewardBench 2: the Ties score needs both rows of a question, "ref:n" and "tied:n"."""
-    ids = {row["id"] for row in ties}
-    for question, rows in grouped(ties, "cluster").items():
-        for kind in ("ref", "tied"):
-            id = question.replace("ties ", f"{kind}:")
-            if id not in ids and common.rank() == 0:
-                print(f"warning: {rows[0]['id']} of Ties is without {id}, which counts as wrong",
-                      file=sys.stderr)
-
-
-def files_of(source, pattern):
-    """The file itself or a hub id as it is; of a folder what it holds in the published form."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return [str(source)]
-    for name in (pattern, "*.jsonl", "*.json", "*.csv", "*.parquet", "*/*.parquet"):
-        files = sorted(map(str, folder.glob(name)))
-        if len(files) > 1 and not files[0].endswith(".parquet"):  # whose shards are read in turn
-            raise SystemExit(f"{source}: holds {', '.join(files)}; name the one to read.")
-        if files:
-            return files
-    raise SystemExit(f"{source}: holds no {pattern}, nor another file of rows.")
-
-
-def raw_rows(path, config, split):
-    """-> (place to name in an error, row as published)"""
-    if not path.endswith(".csv"):
-        yield from common.raw_rows(path, config=config, split=split)
-        return
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            for n, row in enumerate(csv.DictReader(f), 2):
-                yield f"{path}:{n}", row
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise SystemExit(f"{path}: cannot be read ({e}).") from None
-
-
-def find_medium(medium, folder):
-    """An image or video of a row -> its path: beside the data, where the benchmarks' archives put
-    it (MM-RLHF's paths are not those of its archive), or in media_cache/ if it came in the row."""
-    medium = common.kept_medium(medium)
-    last = Path(medium).name
-    for name in (medium, f"images/{medium}", f"images/{last}", f"videos/{last}", last):
-        if (folder / name).exists():
-            return str(folder / name)
-    return str(folder / medium)
-
-
-# ==================================================================================================
 # 4. Judging with a model: one that writes a verdict, or Bradley-Terry reward models.
 
 def place_of(row):
@@ -1093,7 +735,7 @@ def read_candidates(path):
     """-> [{"id", "task", "prompt", "media", "candidates", "row"}]. The candidates of a *_generation
     task are paths. Raises SystemExit at a line that is none."""
     sets, folder = [], Path(path).parent
-    for where, line in common.file_rows(Path(path)):
+    for where, line in file_rows(Path(path)):
         try:
             task = line.get("task") or guessed_task(line.get("media"))
             candidates = line["candidates"]
@@ -1620,8 +1262,8 @@ def attempts(args, device):
     DEVIATION: R1-Reward samples at temperature 0, where a second try is the first."""
     model, encoder = common.load(args.model[0], device, frames=args.frames,
                                  max_tiles=args.max_tiles, style=args.style)
-    rows = common.load_rows(args.data, encoder, args.form, args.max_prompt_tokens,
-                            args.skip_bad_rows)
+    rows = load_rows(args.data, encoder, args.form, args.max_prompt_tokens,
+                     args.skip_bad_rows)
 
     def as_shown(row):
         return common.swap(row) if common.coin("attempts", args.seed, row["id"]) else row

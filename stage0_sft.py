@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 import common
 from common import knob
+from data import TABLE_5, load_rows
 
 STAGE = Path(__file__).stem
 
@@ -68,7 +69,7 @@ PAPER = dict(model="OpenGVLab/InternVL3_5-8B-HF", data="nvidia/HelpSteer3", held
              gradient_checkpointing=True, skip_bad_rows=True)
 # The generative baseline (A.2): one epoch over all labelled multimodal rows, those of stages 2 and
 # 3 together, with pixels and a vision tower that learns
-PAPER_LABEL = dict(data=common.TABLE_5.format(13000, 5000, 5219, 6666, 5000, 4595), epochs=1,
+PAPER_LABEL = dict(data=TABLE_5.format(13000, 5000, 5219, 6666, 5000, 4595), epochs=1,
                    freeze_vision=False, max_prompt_tokens=8192)
 
 
@@ -194,7 +195,7 @@ def main():
                                  frames=cfg.frames, max_tiles=cfg.max_tiles)
 
     limits = cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows
-    rows = common.load_rows(cfg.data, encoder, *limits, cfg.exclude)
+    rows = load_rows(cfg.data, encoder, *limits, cfg.exclude)
     if cfg.target == "rationale":
         with_rationale = [row for row in rows if row.get("rationale")]
         if not with_rationale:
@@ -204,7 +205,7 @@ def main():
             print(f"{len(rows) - len(with_rationale)} rows without a rationale left out, {unclear} "
                   "of them because theirs names a response by its place")
         rows = with_rationale
-    heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
+    heldout = load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
 
     def target(row):
         return target_text(row, cfg.target, cfg.style)

@@ -31,6 +31,7 @@ import torch
 
 import common
 from common import knob, sum_over_ranks
+from data import hard_rows, load_rows
 
 HELDOUT = "toy/heldout_text.jsonl"
 STAGE = Path(__file__).stem
@@ -331,9 +332,9 @@ def main():
         model.gradient_checkpointing_enable()
     optimizer = common.make_optimizer(model, cfg.lr)
     limits = FORM, cfg.max_prompt_tokens, cfg.skip_bad_rows
-    rows = common.load_rows(cfg.data, encoder, *limits, exclude=cfg.exclude)
-    rows = common.hard_rows(rows, cfg.min_attempts)
-    heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
+    rows = load_rows(cfg.data, encoder, *limits, exclude=cfg.exclude)
+    rows = hard_rows(rows, cfg.min_attempts)
+    heldout = load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
     heldout_subset = heldout[::max(1, len(heldout) // cfg.eval_rows)]  # spread over all tasks
     start, saved = common.resume(state, model, optimizer)
     if state is None and heldout:

@@ -31,6 +31,7 @@ import torch
 
 import common
 from common import knob, sum_over_ranks
+from data import TABLE_5, captioned, hard_rows, load_rows
 
 HELDOUT = ",".join(f"toy/heldout_{task}.jsonl:100" for task in common.TASKS)
 STAGE = Path(__file__).stem
@@ -154,7 +155,7 @@ class Config:
 
 PAPER = dict(heldout="", micro_batch=1, rollout_batch=2, lr=1e-6, temperature=0.9, save_every=200,
              gradient_checkpointing=True, skip_bad_rows=True,
-             data=common.TABLE_5.format(5000, 2500, 2580, 4323, 2500, 2539),
+             data=TABLE_5.format(5000, 2500, 2580, 4323, 2500, 2539),
              captioner="OpenGVLab/InternVL3_5-8B-HF", caption_prompt="Describe this in detail.",
              replay="wangclnlp/GRAM-RR-TrainingData:4000", replay_candidates=4000,
              batch_size=24, max_steps=972,  # 20 + 4 prompts: of 16, no 5:1 can be made
@@ -335,7 +336,7 @@ def main():
     state = common.open_run(cfg.out, cfg)
 
     # ------------------------------------------------------------------------------ model and data
-    data = common.captioned(cfg, sample_group, device) if cfg.captioner else cfg.data
+    data = captioned(cfg, sample_group, device) if cfg.captioner else cfg.data
     model, encoder = common.load(cfg.model, device, made_by=Config.model, style=cfg.style)
     ref = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None
     if cfg.freeze_vision:
@@ -344,10 +345,10 @@ def main():
         model.gradient_checkpointing_enable()
     optimizer = common.make_optimizer(model, cfg.lr)
     limits = FORM, cfg.max_prompt_tokens, cfg.skip_bad_rows
-    texts = n_replay(cfg) and common.load_rows(cfg.replay, encoder, *limits, exclude=cfg.exclude)
-    rows = common.load_rows(data, encoder, *limits, exclude=cfg.exclude)
-    rows = common.hard_rows(rows, cfg.min_attempts)
-    heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
+    texts = n_replay(cfg) and load_rows(cfg.replay, encoder, *limits, exclude=cfg.exclude)
+    rows = load_rows(data, encoder, *limits, exclude=cfg.exclude)
+    rows = hard_rows(rows, cfg.min_attempts)
+    heldout = load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
     heldout_subset = heldout[::max(1, len(heldout) // cfg.eval_rows)]  # spread over all tasks
     start, saved = common.resume(state, model, optimizer)
     if state is None and heldout:

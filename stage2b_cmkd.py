@@ -10,8 +10,7 @@ when it sees the image.
     select    majority verdict, agreeing, well-formed, most confident    4.2, 1)-3)  select
     train     SFT on [<caption>c</caption>, o*], given only the pixels   4.2         stage 0's loop
 
-The teacher is asked in style "msrl" (Figures 4-7). With --style caption, as in --preset paper, the
-student's prompt asks for the <caption> that it learns to write.
+The teacher is asked as Figures 4-7 ask; the student's prompt asks for the <caption> it is to write.
 
 No gold label is used up to here: rows carry it along for the report alone.
 """
@@ -26,6 +25,7 @@ import torch
 
 import common
 from common import knob
+from data import load_rows
 from stage0_sft import finetune
 from stage1_text_grpo import sample_group
 from stage2_caption_grpo import HELDOUT
@@ -50,8 +50,8 @@ class Config:
     out: str = knob("runs/stage2b_cmkd", "run folder; the same command resumes it")
     seed: int = knob(0, "of sampling and of the order of rows and sides")
     style: Literal["msrl", "caption"] = knob(
-        "msrl", "the student's prompt: 'caption' asks for the <caption> that is taught, 'msrl' "
-        "(Figures 4-7, the teacher's) does not. DEVIATION: the toy backbone knows only the figures")
+        "caption", "the student's prompt: 'caption' asks for the <caption> that is taught "
+        "(DEVIATION), 'msrl' (Figures 4-7, the teacher's) does not")
     form: Literal["pixels", "caption"] = knob("pixels", "what the student is shown; the teacher "
                                               "reads captions")
     frames: int = knob(8, "frames per video, evenly spaced")
@@ -82,7 +82,7 @@ class Config:
 PAPER = dict(data="runs/stage2_caption_grpo/captioned.jsonl", heldout="", lr=2e-6,
              batch_size=128, micro_batch=1, epochs=1,
              max_prompt_tokens=8192, max_new_tokens=1024, gradient_checkpointing=True,
-             skip_bad_rows=True, style="caption")
+             skip_bad_rows=True)
 
 
 def select(texts, confidences):
@@ -181,8 +181,8 @@ def main():
     teacher.style = "msrl"
     # what can fail comes before hours of sampling: both prompts are measured, in their own words
     limits = cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows
-    heldout = common.load_rows(cfg.heldout, student, *limits) if cfg.heldout else []
-    loaded = common.load_rows(cfg.data, student, *limits, cfg.exclude)
+    heldout = load_rows(cfg.heldout, student, *limits) if cfg.heldout else []
+    loaded = load_rows(cfg.data, student, *limits, cfg.exclude)
     captioned = [row for row in loaded if row["captions"] or not row["media"]]
     if not captioned:
         raise SystemExit(f"{cfg.data}: no row has captions; --captioner of stage 2 makes them.")

@@ -31,6 +31,7 @@ import torch
 
 import common
 from common import knob, sum_over_ranks
+from data import TABLE_5, hard_rows, load_rows
 
 HELDOUT = ",".join(f"toy/heldout_{task}.jsonl:100" for task in common.TASKS)
 STAGE = Path(__file__).stem
@@ -67,7 +68,7 @@ class Config:
     out: str = knob("runs/stage3_mm_grpo", "run folder; the same command resumes it")
     seed: int = knob(0, "of the data order and of sampling")
     style: Literal["msrl", "caption", "r1"] = knob(
-        "msrl", "prompt and answer: 'msrl' (A/B, Figures 4-7), 'caption' (<caption> before "
+        "caption", "prompt and answer: 'msrl' (A/B, Figures 4-7), 'caption' (<caption> before "
         "<think>, not in it) or 'r1' (1/2, R1-Reward's Table 1; no generation rows)")
     max_prompt_tokens: int = knob(1024, "longer prompts are skipped and counted, never cut")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
@@ -149,9 +150,9 @@ class Config:
 PAPER = dict(heldout="", micro_batch=1, rollout_batch=2, lr=1e-6, temperature=0.9, save_every=200,
              gradient_checkpointing=True, skip_bad_rows=True,
              # UNSPECIFIED: whether stages 2 and 3 share rows. These follow those of stage 2.
-             data=common.TABLE_5.format("8000@5000", "2500@2500", "2639@2580", "2343@4323",
+             data=TABLE_5.format("8000@5000", "2500@2500", "2639@2580", "2343@4323",
                                         "2500@2500", "2056@2539"),
-             style="caption", batch_size=16, max_steps=1_252,
+             batch_size=16, max_steps=1_252,
              max_prompt_tokens=8192, max_new_tokens=2048)  # two captions, and 2b's rationale
 
 
@@ -338,9 +339,9 @@ def main():
         model.gradient_checkpointing_enable()
     optimizer = common.make_optimizer(model, cfg.lr)
     limits = FORM, cfg.max_prompt_tokens, cfg.skip_bad_rows
-    rows = common.load_rows(cfg.data, encoder, *limits, exclude=cfg.exclude)
-    rows = common.hard_rows(rows, cfg.min_attempts)
-    heldout = common.load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
+    rows = load_rows(cfg.data, encoder, *limits, exclude=cfg.exclude)
+    rows = hard_rows(rows, cfg.min_attempts)
+    heldout = load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
     heldout_subset = heldout[::max(1, len(heldout) // cfg.eval_rows)]  # spread over all tasks
     start, saved = common.resume(state, model, optimizer)
     if state is None and heldout:
@@ -348,8 +349,8 @@ def main():
                                           sample_group)
     del state
     functions = dict(REWARDS)
-    if cfg.style == "r1":
-        functions["format"] = common.format_reward  # R1-Reward's prompt asks for no caption
+    if cfg.style != "caption":
+        functions["format"] = common.format_reward  # what the prompt asks for, and no more
     if cfg.reward == "r1":
         functions["consistency"] = common.consistency_reward(cfg.referee, sample_group, device,
                                                              cfg.style)

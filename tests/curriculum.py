@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import bt_reward  # noqa: E402  (it is on the path only now)
 import common  # noqa: E402  (as above)
+from data import load_rows  # noqa: E402  (as above)
 from stage1_text_grpo import sample_group  # noqa: E402  (as above)
 
 SCRIPTS = {"0": "stage0_sft.py", "1": "stage1_text_grpo.py", "2": "stage2_caption_grpo.py",
@@ -94,7 +95,11 @@ def judge(folder, form, rows, files="heldout", blank=False):
         print(f"judging {folder}, {form} of {files} rows{', its own caption blanked' * blank}",
               flush=True)
         scalar = (ROOT / folder / "reward_head.safetensors").exists()
-        model, encoder = (bt_reward if scalar else common).load(str(ROOT / folder))
+        if scalar:
+            model, encoder = bt_reward.load(str(ROOT / folder))
+        else:  # asked as it was trained: for a <caption> from stage 2b on
+            model, encoder = common.load(str(ROOT / folder),
+                                         style=common.trained_style(ROOT / folder))
         ids = encoder.answer_ids("<caption>\n</caption>\n")[:-1]
 
         def sample(model, encoder, prompts, *args):
@@ -103,8 +108,8 @@ def judge(folder, form, rows, files="heldout", blank=False):
             return sample_group(model, encoder, begun, *args)
         result = {}
         for task in common.TASKS:
-            data = common.load_rows(f"{ROOT}/toy/{files}_{task}.jsonl:{rows}", encoder, form,
-                                    quiet=True)
+            data = load_rows(f"{ROOT}/toy/{files}_{task}.jsonl:{rows}", encoder, form,
+                             quiet=True)
             if scalar:
                 scores = bt_reward.score_rows(model, encoder, data)
                 right = sum("BA"[a > b] == row["label"]

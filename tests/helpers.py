@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import common
+from data import load_rows
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -73,7 +74,7 @@ def better(row):
 
 def rows_of(path, encoder, task, **more):
     """The rows of a file, all of this task; of many rows the better side is not always the same."""
-    rows = common.load_rows(str(path), encoder, quiet=True, **more)
+    rows = load_rows(str(path), encoder, quiet=True, **more)
     assert {row["task"] for row in rows} == {task}
     assert len({row["id"] for row in rows}) == len(rows)
     assert len(rows) < 12 or {row["label"] for row in rows} == {"A", "B"}

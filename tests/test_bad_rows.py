@@ -16,6 +16,7 @@ import pytest
 from helpers import example, small_world, text_row, write
 
 import common
+from data import load_rows
 from eval import check_writable
 
 DROP = object()  # "remove this key" in the tables of bad rows
@@ -115,12 +116,12 @@ def test_bad_row(broken_media, encoder, tmp_path, capsys, task, change, complain
     bad = spoil(broken_media, task, change)
     path = write(tmp_path / "rows.jsonl", [text_row(id="one"), "", bad, text_row(id="two")])
     with pytest.raises(SystemExit) as stop:
-        common.load_rows(path, encoder)
+        load_rows(path, encoder)
     message = str(stop.value)
     assert message.startswith(f"{path}:3: ")
     assert complaint in message
     assert "--skip_bad_rows" in message
-    rows = common.load_rows(path, encoder, skip_bad_rows=True)
+    rows = load_rows(path, encoder, skip_bad_rows=True)
     assert [r["id"] for r in rows] == ["one", "two"]
     out = capsys.readouterr().out
     assert "2 rows" in out and "1 bad rows skipped" in out
@@ -130,7 +131,7 @@ def test_every_bad_row_is_counted(broken_media, encoder, tmp_path, capsys):
     """kills: a counter per kind that shows the number of kinds; stopping at the first one."""
     bad = [spoil(broken_media, task, change) for _, task, change, _ in BAD]
     path = write(tmp_path / "rows.jsonl", [text_row(), *bad])
-    assert len(common.load_rows(path, encoder, skip_bad_rows=True)) == 1
+    assert len(load_rows(path, encoder, skip_bad_rows=True)) == 1
     assert f"{len(BAD)} bad rows skipped" in capsys.readouterr().out
 
 
@@ -139,7 +140,7 @@ def test_only_bad_rows_is_no_data(encoder, tmp_path):
     for name, rows in (("empty", []), ("bad", ["x", "y"])):
         path = write(tmp_path / f"{name}.jsonl", rows)
         with pytest.raises(SystemExit, match="no usable row left"):
-            common.load_rows(path, encoder, skip_bad_rows=True)
+            load_rows(path, encoder, skip_bad_rows=True)
 
 
 def test_undecodable_bytes(encoder, tmp_path):
@@ -148,9 +149,9 @@ def test_undecodable_bytes(encoder, tmp_path):
     row = json.dumps(text_row(id="one"))
     path.write_bytes(f"{row}\n{row.replace('Why', 'Où')}\n{row}\n".encode("latin-1"))
     with pytest.raises(SystemExit) as stop:
-        common.load_rows(str(path), encoder)
+        load_rows(str(path), encoder)
     assert str(stop.value).startswith(f"{path}:2: ")
-    assert len(common.load_rows(str(path), encoder, skip_bad_rows=True)) == 2
+    assert len(load_rows(str(path), encoder, skip_bad_rows=True)) == 2
 
 
 def test_half_an_emoji(encoder, tmp_path):
@@ -158,7 +159,7 @@ def test_half_an_emoji(encoder, tmp_path):
     kills: no check of the text."""
     path = write(tmp_path / "rows.jsonl", [text_row(), text_row(responses=["good \ud83d", "bad"])])
     with pytest.raises(SystemExit) as stop:
-        common.load_rows(path, encoder)
+        load_rows(path, encoder)
     assert str(stop.value).startswith(f"{path}:2: ") and "response A" in str(stop.value)
 
 
@@ -170,7 +171,7 @@ def test_broken_gzip(encoder, tmp_path, spoil_gz):
     rows = "".join(json.dumps(text_row(id=random.random())) + "\n" for _ in range(500))
     path.write_bytes(spoil_gz(gzip.compress(rows.encode())))
     with pytest.raises(SystemExit) as stop:
-        common.load_rows(str(path), encoder)
+        load_rows(str(path), encoder)
     assert str(path) in str(stop.value)
 
 
@@ -179,7 +180,7 @@ def test_broken_json_array(encoder, tmp_path):
     path = tmp_path / "rows.json"
     path.write_text("[\n" + json.dumps(text_row()) + "\n{\n")
     with pytest.raises(SystemExit) as stop:
-        common.load_rows(str(path), encoder)
+        load_rows(str(path), encoder)
     assert str(stop.value).startswith(f"{path}:3: ") and ".jsonl" in str(stop.value)
 
 
@@ -194,7 +195,7 @@ def test_no_such_data(encoder, tmp_path, monkeypatch):
                               (str(tmp_path / "no.jsonl"), "toy_world.py"),
                               ("toy/no.jsonl", "toy_world.py"), ("toy/rows", "toy_world.py")):
         with pytest.raises(SystemExit) as stop:
-            common.load_rows(source, encoder)
+            load_rows(source, encoder)
         assert str(stop.value).startswith(source) and complaint in str(stop.value)
 
 
@@ -255,7 +256,7 @@ def test_no_text_forges_markup(broken_media, encoder, tmp_path):
             if "type>" not in tag:  # a rationale may name the type, as in Figures 8-11
                 forged.append({**row, "rationale": bad})
     path = write(tmp_path / "rows.jsonl", [text_row(id="good"), *forged])
-    left = common.load_rows(path, encoder, skip_bad_rows=True)
+    left = load_rows(path, encoder, skip_bad_rows=True)
     assert [r["id"] for r in left] == ["good"], left[1:]
 
 
@@ -264,12 +265,12 @@ def test_the_tokenizers_own_specials_are_markup(tmp_path, encoder):
     kills: the fixed list alone."""
     other = SimpleNamespace(forbidden=("<|turn|>",), check=encoder.check)
     path = write(tmp_path / "rows.jsonl", [text_row(prompt="a <|turn|> b")])
-    assert common.load_rows(path, encoder)
+    assert load_rows(path, encoder)
     with pytest.raises(SystemExit, match="turn"):
-        common.load_rows(path, other)
+        load_rows(path, other)
 
 
 def test_a_rationale_may_hold_a_type(tmp_path, encoder):
     """kills: the same list of tags for rationales as for user text."""
     path = write(tmp_path / "rows.jsonl", [text_row(rationale="<type>text</type> x")])
-    assert len(common.load_rows(path, encoder)) == 1
+    assert len(load_rows(path, encoder)) == 1

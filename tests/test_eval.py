@@ -28,6 +28,10 @@ from helpers import (
 from PIL import Image
 
 import common
+from data import (
+    BENCHMARKS, GROUPINGS, SECTIONS, fingerprint, fingerprints, hard_rows, held_out, load_rows,
+    medium_digest, read_benchmark,
+)
 import eval as ev
 import stage0_sft
 
@@ -143,7 +147,7 @@ def test_public_sizes_of_the_groups():
            "politics-": 1, "svit-": 1}
     sizes = [[sum(n for p, n in ids.items() if group(p + "1") == g)
               for g in ("general", "hallucination", "reasoning")]
-             for group in ev.GROUPINGS.values()]
+             for group in GROUPINGS.values()]
     assert sizes == [[183, 749, 318], [631, 301, 318], [484, 448, 318]]
 
 
@@ -283,7 +287,7 @@ def test_rewardbench(run):
     got = scored(run, "rewardbench", write("filtered.json", rows), preds)
     assert got["groups"] == pytest.approx(sections)
     assert (got["overall"], got["macro"]) == pytest.approx((sum(sections.values()) / 4,) * 2)
-    assert sum(sum(c.values()) for c in ev.SECTIONS.values()) - 984 + 447 == 2985
+    assert sum(sum(c.values()) for c in SECTIONS.values()) - 984 + 447 == 2985
 
 
 @pytest.mark.parametrize("form", ["scores", "pairs"])
@@ -473,7 +477,7 @@ def test_what_a_judge_can_see_of_multimodal_rewardbench_2(run, monkeypatch):
 def test_sharegpt_video_holds_out_whole_videos():
     """kills: a coin of the row."""
     rows = [sharegpt(f"q{n}", f"v{n % 300}") for n in range(900)]
-    got = ev.read_benchmark("sharegpt_video", write("sft_dpo_17k.jsonl", rows))
+    got = read_benchmark("sharegpt_video", write("sft_dpo_17k.jsonl", rows))
     held = {r["cluster"] for r in got if r["weight"]}
     assert 15 <= len(held) <= 50 and sum(bool(r["weight"]) for r in got) == 3 * len(held)
 
@@ -498,7 +502,7 @@ def test_published_files(run):
 
 def test_row_counts_are_checked(run, capsys):
     data = write("data.json", [vl("RLAIF-V-3")])
-    ev.read_benchmark("vl_rewardbench", data)
+    read_benchmark("vl_rewardbench", data)
     assert "1 rows; vl_rewardbench as published has 1250 or 1247" in capsys.readouterr().err
 
 
@@ -706,7 +710,7 @@ def test_multimodal_rewardbench_is_kept_out(encoder):
     train = [row(k, responses=["good", "bad"], prompt=prompt, label="A")
              for k, prompt in enumerate(["What?", "What else?"])]
     bench = write("all_data.json", [multimodal("nocaps_1", "vqa", 2) | {"Image": None}])
-    got = common.load_rows(write("train.jsonl", train), encoder, exclude=bench, quiet=True)
+    got = load_rows(write("train.jsonl", train), encoder, exclude=bench, quiet=True)
     assert [r["prompt"] for r in got] == ["What else?"]
 
 
@@ -737,13 +741,13 @@ def test_generation_rows_are_kept_out(bench, encoder):
     if bench == "published":
         rows = [{"prompt": "a thing", "left_image": pair[0], "right_image": pair[1],
                  "vote_type": "rightvote"}]
-    got = common.load_rows(write("train/rows.jsonl", train), encoder, quiet=True,
-                           exclude=write("bench/rows.jsonl", rows))
+    got = load_rows(write("train/rows.jsonl", train), encoder, quiet=True,
+                    exclude=write("bench/rows.jsonl", rows))
     assert [r["id"] for r in got] == ["g1", "g2"]
     # the names are those of other pictures
     rows = [generation_row(9, "a thing", "images/a.png", "images/b.png")]
-    got = common.load_rows("train/rows.jsonl", encoder, quiet=True,
-                           exclude=write("bench/rows.jsonl", rows))
+    got = load_rows("train/rows.jsonl", encoder, quiet=True,
+                    exclude=write("bench/rows.jsonl", rows))
     assert len(got) == 4
 
 
@@ -752,11 +756,11 @@ def test_media_that_are_not_here_are_told_by_their_names():
     one = {"prompt": "A thing.", "media": ["videos/l.mp4", "videos/r.mp4"]}
     bench = write("b.jsonl", [{"prompt": "a thing", "left_video": "https://host/x/r.mp4",
                                "right_video": "https://host/x/l.mp4", "vote_type": "leftvote"}])
-    assert common.fingerprint(one) in common.fingerprints(bench)
+    assert fingerprint(one) in fingerprints(bench)
     colour_files("v/one", f0="red", f1="blue")
     colour_files("w/two", f0="red", f1="blue")
     colour_files("w/three", f0="red", f1="red")
-    digests = [common.medium_digest(Path(folder)) for folder in ("v/one", "w/two", "w/three")]
+    digests = [medium_digest(Path(folder)) for folder in ("v/one", "w/two", "w/three")]
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -850,7 +854,7 @@ def publish(name):
             out.writerows(map(videogen, ["A", "B", "same", "A", ""]))
     elif name == "sharegpt_video":
         picture(folder / "v5" / "0.png")
-        videos = [video for video in map("v{}".format, range(99)) if common.held_out(video)][:2]
+        videos = [video for video in map("v{}".format, range(99)) if held_out(video)][:2]
         for v in videos:
             picture(folder / v / "0.png")
         write(folder / "sft_dpo_17k.jsonl", [sharegpt(n, v) for n, v in enumerate(["zz", *videos])])
@@ -880,7 +884,7 @@ JUDGED = {"vl_rewardbench": 4, "multimodal_rewardbench": 6, "mm_rlhf_rewardbench
           "mmrb2_interleaved": 2, "mmrb2_reasoning": 2, "rows": 6}
 
 
-@pytest.mark.parametrize("name", list(ev.BENCHMARKS))
+@pytest.mark.parametrize("name", list(BENCHMARKS))
 def test_every_benchmark_is_judged_in_place(name, run, monkeypatch):
     """Both orders of every row, media found where the archives put them. A constant "A" gets 50 %
     in every column, and 25 % of the best of 4; a judge that finds the good one gets all of those
@@ -947,7 +951,7 @@ def test_an_odd_batch_draws_the_same_answers_with_a_file(run):
     run(*command[:-1], 3, "--out", "same.jsonl")
     assert texts == [p["text"] for p in lines("same.jsonl")]
     model, encoder = common.load(toy_world.PREBUILT)
-    rows = common.load_rows(data, encoder, quiet=True)
+    rows = load_rows(data, encoder, quiet=True)
     whole = common.judge(model, encoder, rows, ev.sample_group, votes=2, max_new_tokens=20,
                          batch_size=3)
     assert texts == [p["text"] for p in whole]
@@ -1332,7 +1336,7 @@ def test_attempts_count_until_the_first_right_answer(tmp_path, monkeypatch):
     ev.main()
     got = lines(tmp_path / "out.jsonl")
     assert [r["attempts"] for r in got] == [1, 2, 4, 3, 1, 2]
-    assert [r["id"] for r in common.hard_rows(got, 2)] == ["r1", "r2", "r3", "r5"]
+    assert [r["id"] for r in hard_rows(got, 2)] == ["r1", "r2", "r3", "r5"]
     assert [{k: r[k] for k in was} for r, was in zip(got, rows, strict=True)] == rows
     monkeypatch.setattr(common, "judge", None)
     ev.main()  # killed after the last verdict, say: nothing is judged again

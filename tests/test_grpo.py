@@ -19,6 +19,7 @@ from helpers import rejects, small_world, text_only_model
 from transformers import cache_utils
 
 import common
+from data import load_rows
 import stage0_sft
 import stage1_text_grpo as stage1
 import stage2_caption_grpo as stage2
@@ -46,8 +47,8 @@ def world(tmp_path_factory):
     tok.save_pretrained(folder / "text_only")
     model, encoder = common.load(folder / "backbone")
     text_model, text_encoder = common.load(folder / "text_only")
-    rows = common.load_rows(str(folder / "text_rl.jsonl"), encoder, quiet=True)
-    seen = common.load_rows(str(folder / "mm_rl.jsonl"), encoder, quiet=True)
+    rows = load_rows(str(folder / "text_rl.jsonl"), encoder, quiet=True)
+    seen = load_rows(str(folder / "mm_rl.jsonl"), encoder, quiet=True)
     seen = {r["task"]: r for r in seen}
     text = [encoder(r) for r in sorted(rows, key=lambda r: r["tokens"])]
     image, two_images = encoder(seen["image_understanding"]), encoder(seen["image_generation"])
@@ -1177,7 +1178,7 @@ def test_logged_difference_to_the_sampler(world, rollout):
 # ----------------------------------------------------------------------------------- stage 0's loss
 def sft_case(world, target):
     name = "sft.jsonl" if target == "rationale" else "mm_rl.jsonl"
-    rows = common.load_rows(str(world.folder / name), world.encoder, quiet=True)
+    rows = load_rows(str(world.folder / name), world.encoder, quiet=True)
     # unequal prompts and answers; with images and a video for the label
     rows = rows[:3]
     if target == "rationale":

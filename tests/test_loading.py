@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import common
+from data import load_rows
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -80,7 +81,7 @@ def test_placeholders_are_features_of_real_media(eight_rows, loaded, task):
     them. Paths are relative to the rows' file, not to the current folder.
     kills: paths from the current folder; one image of two; a thumbnail not counted."""
     model, encoder = loaded
-    rows = common.load_rows(str(eight_rows / f"heldout_{task}.jsonl"), encoder)
+    rows = load_rows(str(eight_rows / f"heldout_{task}.jsonl"), encoder)
     expected = {"text": 0, "image_understanding": 1, "image_generation": 2,
                 "video_understanding": toy_world.FRAMES, "video_generation": 2 * toy_world.FRAMES}
     odd = "{a} {media[0]} {} %s \\1 <IMG_CONTEXT <IMAGE> <img_context> image video < think >"
@@ -109,7 +110,7 @@ def test_tiles_of_a_wide_image(encoder, tmp_path):
         media = [f"{name}.png" for name in names.split()]
         path = write(tmp_path / "rows.jsonl",
                      [text_row(task="image_generation", responses=None, media=media)])
-        row, = common.load_rows(path, encoder)
+        row, = load_rows(path, encoder)
         prompt = encoder(row)
         blocks = re.findall(r"<img>(.*?)</img>", encoder.decode(prompt.ids))
         placeholders = [block.count(common.IMAGE_TOKEN) for block in blocks]

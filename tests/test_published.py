@@ -21,6 +21,7 @@ from PIL import Image
 
 import bt_reward
 import common
+from data import better_first, convert, held_out, load_rows
 import stage0_sft
 import stage1_text_grpo as stage1
 import stage2_caption_grpo as stage2
@@ -63,7 +64,7 @@ def test_helpsteer3(encoder, tmp_path, preference):
     kills: the sign turned round; feedback1 always for Response A; "Response 1" left in the text;
     the first annotator instead of one who agrees; the better one always on the same side."""
     path = write(tmp_path / "train.jsonl", [helpsteer(preference)] * 20)
-    rows = common.load_rows(path, encoder)
+    rows = load_rows(path, encoder)
     assert {r["label"] for r in rows} == {"A", "B"} and len({r["id"] for r in rows}) == 20
     for row in rows:
         good, bad = row["label"], OTHER[row["label"]]
@@ -86,7 +87,7 @@ def test_helpsteer3_ties_and_gaps(encoder, tmp_path):
     path = write(tmp_path / "train.jsonl", [
         helpsteer(0), helpsteer(1, individual_preference=[]),
         helpsteer(1, individual_preference=None), helpsteer(2, individual_preference=sure)])
-    rows = common.load_rows(path, encoder)
+    rows = load_rows(path, encoder)
     assert len(rows) == 3 and not rows[0].get("rationale") and not rows[1].get("rationale")
     assert "sure 3" in rows[2]["rationale"] and "None" not in rows[2]["rationale"]
 
@@ -104,7 +105,7 @@ def test_helpsteer3_sides_by_other_names(encoder, tmp_path, capsys, reasoning, k
     annotation = {"score": 2, "reasoning": reasoning, "feedback1": "f", "feedback2": "g"}
     path = write(tmp_path / "train.jsonl",
                  [helpsteer(2, individual_preference=[annotation])] * 8)
-    for row in common.load_rows(path, encoder):
+    for row in load_rows(path, encoder):
         if kept is None:
             assert row["rationale"] is None and row["unclear_rationale"]
         else:  # response 2 is the better one
@@ -120,7 +121,7 @@ def test_helpsteer3_context(encoder, tmp_path):
     path = write(tmp_path / "train.jsonl", [
         helpsteer(1, context=turns[:1]), helpsteer(1, context=turns),
         helpsteer(1, context="Why?")])
-    prompts = [r["prompt"] for r in common.load_rows(path, encoder)]
+    prompts = [r["prompt"] for r in load_rows(path, encoder)]
     assert prompts[0] == "Hi" and prompts[2] == "Why?"
     assert re.fullmatch(r"User: Hi\s+Assistant: Hello\s+User: Why\?", prompts[1])
 
@@ -132,9 +133,9 @@ def test_helpsteer3_malformed(encoder, tmp_path, change):
     """kills: a KeyError, TypeError or IndexError that escapes the adapter."""
     path = write(tmp_path / "train.jsonl", [helpsteer(1), helpsteer(1, **change)])
     with pytest.raises(SystemExit) as stop:
-        common.load_rows(path, encoder)
+        load_rows(path, encoder)
     assert str(stop.value).startswith(f"{path}:2: ")
-    assert len(common.load_rows(path, encoder, skip_bad_rows=True)) == 1
+    assert len(load_rows(path, encoder, skip_bad_rows=True)) == 1
 
 
 def test_helpsteer3_from_the_hub(encoder, monkeypatch):
@@ -144,7 +145,7 @@ def test_helpsteer3_from_the_hub(encoder, monkeypatch):
         asked.append((name, config, more["split"], more["streaming"]))
         return iter([helpsteer(1), helpsteer(-1)])
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    rows = common.load_rows("nvidia/HelpSteer3", encoder)
+    rows = load_rows("nvidia/HelpSteer3", encoder)
     assert [better(r) for r in rows] == ["good one"] * 2
     assert asked == [("nvidia/HelpSteer3", "preference", "train", True)]
 
@@ -169,7 +170,7 @@ def test_gram(encoder, tmp_path, suffix):
         "".join(json.dumps(r) + "\n" for r in raw)
     path = tmp_path / f"train{suffix}"
     path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
-    rows = common.load_rows(str(path), encoder)
+    rows = load_rows(str(path), encoder)
     assert len(rows) == 32 and len({r["id"] for r in rows}) == 32
     assert all(better(r) == "good one" and sorted(r["responses"]) == ["bad one", "good one"]
                and r["prompt"] == "Why?\nTell me." and not r.get("rationale") for r in rows)
@@ -186,9 +187,9 @@ def test_gram_malformed(encoder, tmp_path, change):
     """kills: the first of two labels; a default label; a prompt with the markers inside."""
     path = write(tmp_path / "train.jsonl", [gram("A"), gram("A") | change])
     with pytest.raises(SystemExit) as stop:
-        common.load_rows(path, encoder)
+        load_rows(path, encoder)
     assert str(stop.value).startswith(f"{path}:2: ")
-    assert len(common.load_rows(path, encoder, skip_bad_rows=True)) == 1
+    assert len(load_rows(path, encoder, skip_bad_rows=True)) == 1
 
 
 def rm_bench(**change):
@@ -201,7 +202,7 @@ def test_rm_bench(encoder, tmp_path):
     kills: three pairs (zip); (i, j) turned round; the chosen one always first."""
     path = tmp_path / "total.json"
     path.write_text(json.dumps([rm_bench(), rm_bench(id="chat/8", domain="chat")]))
-    rows = common.load_rows(str(path), encoder)
+    rows = load_rows(str(path), encoder)
     assert len(rows) == 18 and {r["label"] for r in rows} == {"A", "B"}
     assert Counter(r["group"] for r in rows) == {"7": 9, "chat/8": 9}
     assert {r["subset"] for r in rows[:9]} == {"alpacaeval"}
@@ -220,7 +221,7 @@ def test_rm_bench_malformed(encoder, tmp_path, change):
     path = tmp_path / "rm.json"
     path.write_text(json.dumps([rm_bench(), rm_bench(**change)]))
     with pytest.raises(SystemExit) as stop:
-        common.load_rows(str(path), encoder)
+        load_rows(str(path), encoder)
     assert str(stop.value).startswith(f"{path}:[1]: ")
 
 
@@ -228,7 +229,7 @@ def test_rm_bench_malformed(encoder, tmp_path, change):
 def test_rm_bench_as_published(encoder, capsys):
     """129 real items of real text through byte tokens. kills: an assumption about its columns."""
     raw = json.loads(RM_BENCH.read_text(encoding="utf-8"))
-    rows = common.load_rows(str(RM_BENCH), encoder, max_prompt_tokens=2048)
+    rows = load_rows(str(RM_BENCH), encoder, max_prompt_tokens=2048)
     skipped = int(re.search(r"(\d+) skipped: .*over 2048", capsys.readouterr().out)[1])
     assert len(raw) == 129 and len(rows) + skipped == 9 * 129 and len(rows) > 100
     by_id = {str(r["id"]): r for r in raw}
@@ -243,7 +244,7 @@ def test_rm_bench_as_published(encoder, capsys):
 def test_sides_of_published_rows_are_a_fair_coin():
     """Published sets list the better one first (VL-RewardBench: 99.6 %).
     kills: hash() (another side each run); one side for a run of ids; a biased bit."""
-    labels = "".join(common.better_first(f"x/{i}", "p", "g", "b")["label"] for i in range(2000))
+    labels = "".join(better_first(f"x/{i}", "p", "g", "b")["label"] for i in range(2000))
     assert abs(labels.count("A") / 2000 - 0.5) < 4 * 0.5 / 2000 ** 0.5
     changes = sum(a != b for a, b in zip(labels, labels[1:], strict=False))
     assert abs(changes / 1999 - 0.5) < 4 * 0.5 / 1999 ** 0.5
@@ -263,7 +264,7 @@ def test_vision_feedback(here, encoder):
     assert {better(r) for r in rows} == {"good"} and rows[0]["prompt"] == "What is it?"
     for bad in (turns * 2, [], "{", [turns[0], {"preference_values": ["one"]}]):
         with pytest.raises(common.BadRow):
-            list(common.convert({"id": 1, "image": "x.png", "conversations": bad}, 0))
+            list(convert({"id": 1, "image": "x.png", "conversations": bad}, 0))
     assert rows[0]["subset"] == "POVID" and rows[0]["media"] == [str(here / "x.png")]
 
 
@@ -282,7 +283,7 @@ def test_open_image_preferences(here, encoder, form):
     raws = [{"id": f"{i}-quality", "prompt": "a dot", "chosen": image(255), "rejected": image(0),
              "chosen_model": "m", "rejected_model": "n", "evolution": "quality"} for i in range(N)]
     rows = [common.check_row(row, here) for i, raw in enumerate(raws)
-            for row in common.convert(raw, i)]
+            for row in convert(raw, i)]
     assert {better(r) for r in rows} == {255} and {r["label"] for r in rows} == {"A", "B"}
     assert len(rows) == N and {r["task"] for r in rows} == {"image_generation"}
     if form != "path":
@@ -327,7 +328,7 @@ def test_rapidata_videos(here, encoder):
 def test_sharegptvideo(here, encoder):
     # S4. A video is a folder of frames, sorted by number. kills: the order of names (10 before 9);
     # training on the videos that eval.py judges, or only where the scores are missing
-    held = next(v for v in map(str, range(99)) if common.held_out(v))
+    held = next(v for v in map(str, range(99)) if held_out(v))
     for k in range(11):
         path = here / "v" / f"c01_{k}.jpeg"
         path.parent.mkdir(exist_ok=True)
@@ -336,7 +337,7 @@ def test_sharegptvideo(here, encoder):
         {"id": f"v_{i}", "video": "v" if i > 1 else held, "prompt": "<video>\nWhat?",
          "chosen": "good", "rejected": "bad", **({"chosen_score": 5} if i % 2 else {})}
         for i in range(N + 2)]), encoder, "video_understanding")
-    assert len(rows) == N and not common.held_out("v")
+    assert len(rows) == N and not held_out("v")
     assert {better(r) for r in rows} == {"good"} and rows[0]["prompt"] == "What?"
     levels = [f.getpixel((0, 0))[0] for f in common.open_video(rows[0]["media"][0], 11)]
     assert levels == sorted(levels) and len(levels) == 11
@@ -379,7 +380,7 @@ def test_r1_reward(here, encoder):
     for wrong in ({"answer": ["<answer>3</answer>"]}, {"answer": []}, {"message": "no JSON"},
                   {"message": json.dumps([{"role": "user", "content": "no sections"}])}):
         with pytest.raises(common.BadRow):
-            list(common.convert({**make[0], **wrong}, 0))
+            list(convert({**make[0], **wrong}, 0))
 
 
 @pytest.mark.parametrize("columns", [
@@ -399,10 +400,10 @@ def test_rlaif_v_and_mm_rlhf(here, encoder, columns):
 
 def test_videos_of_other_sets_are_not_held_out():
     # kills: a tenth of MM-RLHF's videos lost with ShareGPTVideo's
-    held = next(v for v in map(str, range(99)) if common.held_out(v))
+    held = next(v for v in map(str, range(99)) if held_out(v))
     raw = {"video": held, "prompt": "What?", "chosen": "good", "rejected": "bad"}
-    assert not list(common.convert(raw, 0))
-    row, = common.convert({**raw, "chosen_reason": "it is", "rejected_reason": "it is not"}, 0)
+    assert not list(convert(raw, 0))
+    row, = convert({**raw, "chosen_reason": "it is", "rejected_reason": "it is not"}, 0)
     assert row["task"] == "video_understanding" and row["media"] == [held]
 
 
@@ -410,15 +411,15 @@ def test_the_words_round_a_placeholder_stay_apart():
     # kills: "Look at" and "the sky" glued together, "C#" cut to "C"
     raw = {"ds_name": "d", "question": "Look at <image>\nthe sky.", "image": "x.png",
            "chosen": "a", "rejected": "b"}
-    assert next(common.convert(raw, 0))["prompt"] == "Look at the sky."
+    assert next(convert(raw, 0))["prompt"] == "Look at the sky."
     talk = [{"value": "USER: <image>\nWhy?"}, {"preference_values": ["a", "b"]}]
     raw = {"image": "x.png", "conversations": json.dumps(talk)}
-    assert next(common.convert(raw, 0))["prompt"] == "USER: Why?"
+    assert next(convert(raw, 0))["prompt"] == "USER: Why?"
     text = "[Question]:\n<image>Which?\n### [Response 1]:\nC#\n### [Response 2]:\nC\n### {}"
     for end in ("Output Format:", "**Output Format (strictly follow):**"):
         raw = {"image": "x.png", "answer": ["<answer>1</answer>"],
                "message": json.dumps([{"role": "user", "content": text.format(end)}])}
-        assert sorted(next(common.convert(raw, 0))["responses"]) == ["C", "C#"]
+        assert sorted(next(convert(raw, 0))["responses"]) == ["C", "C#"]
 
 
 # ----------------------------------------------------------------------- sets of BaseReward, DT2IT
@@ -442,14 +443,14 @@ def test_tulu_and_olmo(here, encoder, more):
     assert len(rows) == N and {better(r) for r in rows} == {"good"}
     assert {(r["prompt"], r["source"]) for r in rows} == {("Why?", "flan")}
     tie = {**make[0], "chosen_rating": 3.0, "rejected_rating": 3.0}
-    assert not list(common.convert(tie, 0))
+    assert not list(convert(tie, 0))
     talk = [user("Hi"), assistant("Hello"), user("Why?")]
     raw = {**make[0], "chosen": [*talk, assistant("g")], "rejected": [*talk, assistant("b")]}
-    row, = common.convert(raw, 0)
+    row, = convert(raw, 0)
     assert re.fullmatch(r"User: Hi\s+Assistant: Hello\s+User: Why\?", row["prompt"])
     for wrong in ([user("How?"), assistant("b")], [], "b", None, [{"content": "b"}]):
         with pytest.raises(common.BadRow):
-            list(common.convert({**make[0], "rejected": wrong}, 0))
+            list(convert({**make[0], "rejected": wrong}, 0))
 
 
 def ratings(helpfulness, ethics, faithfulness):
@@ -478,7 +479,7 @@ def test_vlfeedback(here, encoder, form):
     assert rows[0]["margin"] == pytest.approx(1)
     for wrong in ([{"response": "x"}], "text", [{"response": "x", "annotations": {"H": {}}}]):
         with pytest.raises(common.BadRow):
-            list(common.convert({**make[0], "completions": wrong}, 0))
+            list(convert({**make[0], "completions": wrong}, 0))
 
 
 def test_ultrafeedback(here, encoder):
@@ -514,10 +515,10 @@ def test_conversations_of_two_answers(here, encoder, form):
                "rejected_conversations": [turn("human", "What?\n<image>"), bad]}
         for wrong in ([turn("human", "How?"), bad], [], None):
             with pytest.raises(common.BadRow):
-                list(common.convert({**raw, "rejected_conversations": wrong}, 0))
+                list(convert({**raw, "rejected_conversations": wrong}, 0))
     else:
         with pytest.raises(common.BadRow):
-            list(common.convert({**raw, "images": ["x.png", "y.png"]}, 0))
+            list(convert({**raw, "images": ["x.png", "y.png"]}, 0))
     rows = rows_of(write(here / "c.jsonl", [raw] * N), encoder, "image_understanding")
     assert {better(r) for r in rows} == {"good"} and {r["prompt"] for r in rows} == {"What?"}
     assert rows[0]["media"] == [str(here / "x.png")]
@@ -541,7 +542,7 @@ def test_wildvision_battle(here, encoder):
     assert len(rows) == N and {better(r) for r in rows} == {"good"}
     assert rows[0]["prompt"].startswith("User: Hello") and rows[0]["prompt"].endswith("What?")
     with pytest.raises(common.BadRow, match="winner"):
-        list(common.convert(battle("both", "x", "y"), 0))
+        list(convert(battle("both", "x", "y"), 0))
 
 
 def test_hpdv2(here, encoder):
@@ -578,7 +579,7 @@ def test_evalmuse(here, encoder):
     assert len(rows) == 2 * N and {better(r) for r in rows} == {255}
     assert Counter(r["prompt"] for r in rows) == {f"a dot {i}": 2 for i in range(N)}
     assert {r["margin"] for r in rows} == {2.0}
-    assert len(common.load_rows(f"{path}:7", encoder)) == 7
+    assert len(load_rows(f"{path}:7", encoder)) == 7
 
 
 def test_mmpr(here, encoder):
@@ -594,7 +595,7 @@ def test_mmpr(here, encoder):
     for wrong, complaint in (({"image": ["x.png", "x.png"]}, "2 images"),
                              ({"question": "<image>Why?", "image": None}, "lacks")):
         with pytest.raises(common.BadRow, match=complaint):
-            list(common.convert({**raw, **wrong}, 0))
+            list(convert({**raw, **wrong}, 0))
 
 
 # ------------------------------------------------------------------------------- the paper's tables

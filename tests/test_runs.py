@@ -28,6 +28,7 @@ from helpers import (
     text_only_model, torchrun, weights_of)
 
 import common
+from data import load_rows
 import stage0_sft
 import stage1_text_grpo as stage1
 import stage2_caption_grpo as stage2
@@ -137,7 +138,7 @@ def test_torchrun_to_the_end(world, tmp_path):
     assert stage["step"] == 2 and stage["stage"] == "stage1_text_grpo"
     assert stage["heldout"]["before"]["n"] == stage["heldout"]["after"]["n"] == 3
     model, encoder = common.load(out)
-    rows = common.load_rows(str(world / "heldout_text.jsonl"), encoder, quiet=True)
+    rows = load_rows(str(world / "heldout_text.jsonl"), encoder, quiet=True)
     preds = common.judge(model, encoder, rows, stage1.sample_group, max_new_tokens=9, batch_size=2)
     after = stage["heldout"]["after"]
     assert {**common.summarize(rows, preds), "tasks": {"text": after["accuracy"]}} == after
@@ -559,7 +560,7 @@ def test_rm_bench_trains(world, tmp_path, capsys):
     part = tmp_path / "rm_bench.json"
     part.write_text(json.dumps(items))
     _, encoder = common.load(world / "stage0")
-    lengths = [r["tokens"] for r in common.load_rows(str(part), encoder, quiet=True)]
+    lengths = [r["tokens"] for r in load_rows(str(part), encoder, quiet=True)]
     short = sum(n <= 900 for n in lengths)
     assert len(lengths) == 9 * 30 and 2 <= short < len(lengths)
     capsys.readouterr()

@@ -13,6 +13,7 @@ import pytest
 from helpers import PROGRAMS, better, picture, rows_of, text_row, torchrun, write, write_video
 
 import common
+from data import hard_rows, load_rows
 
 pytestmark = pytest.mark.usefixtures("here")  # media_cache/ is made in the working directory
 N = 24  # rows per file: enough that a hash puts the better one on either side
@@ -25,7 +26,7 @@ def test_long_prompts_are_skipped_and_counted(encoder, tmp_path, capsys):
     path = write(tmp_path / "rows.jsonl", [text_row(prompt="x" * 51), short,
                  text_row(prompt="x" * 999)])
     limit = len(encoder(common.check_row(short, tmp_path)).ids)
-    rows = common.load_rows(path, encoder, max_prompt_tokens=limit)
+    rows = load_rows(path, encoder, max_prompt_tokens=limit)
     assert [r["prompt"] for r in rows] == ["x" * 50] and rows[0]["tokens"] == limit
     assert re.search(rf"\b2 skipped: .*over {limit} tokens", capsys.readouterr().out)
 
@@ -39,7 +40,7 @@ def test_samples_of_one_file_never_overlap(encoder, tmp_path):
     limit = len(encoder(common.check_row(text_row(prompt="x" * 50), tmp_path)).ids)
 
     def ids(sample, **more):
-        return [row["id"] for row in common.load_rows(f"{path}:{sample}", encoder, **more)]
+        return [row["id"] for row in load_rows(f"{path}:{sample}", encoder, **more)]
     first, second = ids("20"), ids("30@20")
     assert sorted(map(int, first + second)) == list(range(50))
     short = ids("20", max_prompt_tokens=limit, exclude=exclude)
@@ -52,21 +53,21 @@ def test_sample_of_a_file(encoder, tmp_path):
     kills: the first N; an unseeded sample; a sample of everything read so far."""
     path = write(tmp_path / "rows.jsonl", [text_row(id=i) for i in range(50)])
     more = write(tmp_path / "more.jsonl", [text_row(id="more")])
-    first, again = (common.load_rows(f"{more},{path}:10", encoder) for _ in range(2))
+    first, again = (load_rows(f"{more},{path}:10", encoder) for _ in range(2))
     ids = [r["id"] for r in first]
     assert ids == [r["id"] for r in again] and ids[0] == "more" and len(set(ids)) == 11
     assert max(map(int, ids[1:])) > 10
-    assert len(common.load_rows(f"{path}:99", encoder)) == 50
+    assert len(load_rows(f"{path}:99", encoder)) == 50
 
 
 def test_hard_rows_only(capsys):
     rows = [{"id": i, "attempts": n} for i, n in enumerate((1, 2, 4, 1, 3))]
-    assert common.hard_rows(rows, 0) is rows
-    assert [r["id"] for r in common.hard_rows(rows, 2)] == [1, 2, 4]
+    assert hard_rows(rows, 0) is rows
+    assert [r["id"] for r in hard_rows(rows, 2)] == [1, 2, 4]
     with pytest.raises(SystemExit, match="smaller"):
-        common.hard_rows(rows, 5)
+        hard_rows(rows, 5)
     with pytest.raises(SystemExit, match="eval.py --attempts"):
-        common.hard_rows([*rows, {"id": 9}], 2)
+        hard_rows([*rows, {"id": 9}], 2)
 
 
 def test_rows_of_a_benchmark_are_left_out(here, encoder, capsys):
@@ -78,13 +79,13 @@ def test_rows_of_a_benchmark_are_left_out(here, encoder, capsys):
              for i in range(5)]
     rows = [{"question": f"<image>what  IS {i}", "image": "x.png", "chosen": f"two {i}!",
              "rejected": "one" if i != 3 else "three", "ds_name": "d"} for i in range(8)]
-    got = common.load_rows(write(here / "train.jsonl", rows), encoder,
-                           exclude=write(here / "bench.jsonl", bench))
+    got = load_rows(write(here / "train.jsonl", rows), encoder,
+                    exclude=write(here / "bench.jsonl", bench))
     assert [r["prompt"][-1] for r in got] == ["3", "5", "6", "7"]
     assert "4 left out: they are in" in capsys.readouterr().out
     for path in (write(here / "none.jsonl", [{"x": 1}]), write(here / "list.jsonl", [[1]])):
         with pytest.raises(SystemExit, match="exclude nothing"):
-            common.load_rows(str(here / "train.jsonl"), encoder, exclude=path)
+            load_rows(str(here / "train.jsonl"), encoder, exclude=path)
     read = rows_of(here / "bench.jsonl", encoder, "image_understanding")
     assert [better(r) for r in read] == ["One." if i % 2 == 0 else f"Two {i}" for i in range(5)]
 
@@ -98,8 +99,8 @@ def test_a_sample_of_several_sources(here, encoder):
         r["label"] = "C"
     write(here / "a.jsonl", a)
     write(here / "b.jsonl", [{**row, "id": f"b{i}"} for i in range(4)])
-    one, two = ([r["id"] for r in common.load_rows("a.jsonl:3,b.jsonl", encoder, quiet=True,
-                                                   skip_bad_rows=True)] for _ in "12")
+    one, two = ([r["id"] for r in load_rows("a.jsonl:3,b.jsonl", encoder, quiet=True,
+                                            skip_bad_rows=True)] for _ in "12")
     assert one == two and Counter(x[0] for x in one) == {"a": 3, "b": 4}
     assert len(set(one)) == 7 and max(int(x[1:]) for x in one[:3]) > 6
 
@@ -126,7 +127,7 @@ def test_a_sample_is_drawn_from_the_whole_file(here, encoder, capsys):
     assert rows_of("x.parquet:60", encoder, "text") == rows
     for row, number in zip(rows, numbers, strict=True):
         assert row["id"].endswith(f"/{number + 1}")
-    common.load_rows("x.parquet:4000", encoder)
+    load_rows("x.parquet:4000", encoder)
     assert "x.parquet:4000: only 3000 rows to give" in capsys.readouterr().out
 
 

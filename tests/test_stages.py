@@ -17,6 +17,7 @@ from helpers import (
     torchrun, weights_of)
 
 import common
+from data import captioned, load_rows
 import eval
 import stage0_sft
 import stage2_caption_grpo as stage2
@@ -34,7 +35,7 @@ def world(tmp_path_factory):
 
 def captioned_rows(world, encoder):
     path = str(world / "caption_rl.jsonl")
-    return common.load_rows(path, encoder, "caption", quiet=True)
+    return load_rows(path, encoder, "caption", quiet=True)
 
 
 # ------------------------------------------------------------------------------------ 2b: selection
@@ -197,12 +198,11 @@ def test_the_target_is_the_caption_then_the_rationale():
            "responses": None, "label": "A", "rationale": "Image A is right ."}
     tail = "</caption>\n<think>\nImage {0} is right .\n</think>\n<answer>\n{0}\n</answer>"
     headed = "<caption>\n<Image A>\n{}\n<Image B>\n{}\n"  # as Figure 9 heads them
-    assert cmkd.target_text(row, "caption") == headed.format("red", "blue") + tail.format("A")
-    swapped = cmkd.target_text(common.swap(row), "caption")
+    assert cmkd.target_text(row) == headed.format("red", "blue") + tail.format("A")
+    swapped = cmkd.target_text(common.swap(row))
     assert swapped == headed.format("blue", "red") + tail.format("B")
     assert common.caption_format_reward(swapped, row) == 1
-    assert cmkd.target_text(row) == "<caption>\nImage A: red\nImage B: blue\n" + tail.format("A")
-    videos = cmkd.caption_text({**row, "task": "video_generation"}, "caption")  # Figure 11
+    videos = cmkd.caption_text({**row, "task": "video_generation"})  # Figure 11
     assert videos == "<caption>\n<Video A>\nred\n<Video B>\nblue\n</caption>\n"
     row = {**row, "task": "video_understanding", "media": ["0.mp4"], "captions": ["a disc"]}
     assert cmkd.target_text(row).startswith("<caption>\na disc\n</caption>\n<think>\n")
@@ -245,7 +245,7 @@ def test_stage_3_rewards_what_it_asks_for(world, tmp_path, monkeypatch):
     # Three sampled answers: the prompt's own form filled in, Figure 9's, Figure 9's with the
     # captions first. kills: Figures 4-7 shown and <caption> rewarded (the first earns 0), the
     # <caption> asked for and not rewarded (the second earns 1)
-    assert stage3.PAPER["style"] == cmkd.PAPER["style"] == "caption"
+    assert stage3.Config.style == cmkd.Config.style == "caption"
     rows = [r for r in lines(world / "mm_rl.jsonl") if r["task"] == "image_generation"]
     for row in rows:
         row["media"] = [str(world / medium) for medium in row["media"]]
@@ -266,9 +266,9 @@ def test_stage_3_rewards_what_it_asks_for(world, tmp_path, monkeypatch):
     monkeypatch.setattr(stage3, "roll_out", roll_out)
     monkeypatch.setattr(stage3, "score_answers", watched)
     with pytest.raises(KeyboardInterrupt):
-        run_here(stage3.main, flags(**{**TINY, "max_steps": 1, "batch_size": 2}, style="caption",
-                                    heldout="", data=tmp_path / "pairs.jsonl",
-                                    max_prompt_tokens=3000, out=tmp_path / "run"))
+        run_here(stage3.main, flags(**{**TINY, "max_steps": 1, "batch_size": 2}, heldout="",
+                                    data=tmp_path / "pairs.jsonl", max_prompt_tokens=3000,
+                                    out=tmp_path / "run"))
     (rewards, texts), = seen
     assert texts[0] == answers and rewards["format"][0].tolist() == [1, 0, 1]
     asked = reply_format(prompt)
@@ -280,7 +280,7 @@ def test_a_checkpoint_of_stage_3_is_asked_for_its_caption(world, tmp_path, monke
     # kills: a style that stage.json does not hold, eval.py with a prompt of its own
     run_here(stage3.main, flags(**{**TINY, "max_steps": 1, "batch_size": 2}, heldout="",
                                 data=world / "mm_rl.jsonl:2", out=tmp_path / "three",
-                                style="caption", max_prompt_tokens=3000, max_new_tokens=9))
+                                max_prompt_tokens=3000, max_new_tokens=9))
     asked = []
 
     def sample(model, encoder, prompts, *settings):
@@ -325,7 +325,7 @@ def test_the_teacher_is_asked_in_msrl_and_the_student_in_caption(world, encoder,
     monkeypatch.setattr(stage0_sft, "collate", learn)
     run_here(cmkd.main, flags(model=toy_world.PREBUILT, data=tmp_path / "five.jsonl", samples=2,
                               epochs=1, batch_size=4, heldout="", max_prompt_tokens=3000,
-                              style="caption", out=tmp_path / "run"))
+                              out=tmp_path / "run"))
     assert measured == {("caption", "pixels"), ("msrl", "caption")}
     asked = [reply_format(text) for text in asked]
     assert len(asked) == 4  # the row with the long caption is left out
@@ -366,7 +366,7 @@ def test_replayed_texts_are_those_judged_right_in_both_orders(world, loaded, mon
             preds += [{"at": i, "pred": named[verdict]} for verdict in verdicts[i % 4]]
         return preds
     monkeypatch.setattr(common, "judge", judge)
-    texts = common.load_rows(cfg.replay, loaded[1], quiet=True)
+    texts = load_rows(cfg.replay, loaded[1], quiet=True)
     rows = common.batch_of(texts, 0, 9, cfg.seed)
     chosen = stage2.choose_replay(*loaded, texts, cfg)
     assert [r["id"] for r in chosen] == [rows[i]["id"] for i in (0, 4, 8)]
@@ -389,7 +389,7 @@ def test_captions_come_from_a_checkpoint(world, loaded, tmp_path, monkeypatch):
         calls.append(len(prompts))
         return stage2.sample_group(model, encoder, prompts, *args)
     n = sum(len(r["media"]) for r in rows[1:])
-    got = lines(common.captioned(cfg, sample, "cpu", batch_size=5))
+    got = lines(captioned(cfg, sample, "cpu", batch_size=5))
     assert sum(calls) == n and [r["id"] for r in got] == [r["id"] for r in rows]
     assert got[0]["captions"] == ["given"]
     right = [a == b for r in got[1:] for a, b in zip(r["captions"], r["true"], strict=True)]
@@ -398,19 +398,19 @@ def test_captions_come_from_a_checkpoint(world, loaded, tmp_path, monkeypatch):
     cache.write_text("".join(cache.read_text().splitlines(True)[:7])[:-5])
     for want in (n - 5, 0):  # what was whole stays, and the second time nothing is left to do
         calls.clear()
-        assert lines(common.captioned(cfg, sample, "cpu", batch_size=5)) == got
+        assert lines(captioned(cfg, sample, "cpu", batch_size=5)) == got
         assert sum(calls) == want
         assert len(lines(cache)) == n + 1
     # a mended label is trained on; other questions need other captions, by the remedy that is named
     rows[0]["label"] = OTHER[rows[0]["label"]]
     common.write_lines(tmp_path / "bare.jsonl", rows)
-    assert lines(common.captioned(cfg, sample, "cpu", batch_size=5))[0]["label"] == rows[0]["label"]
+    assert lines(captioned(cfg, sample, "cpu", batch_size=5))[0]["label"] == rows[0]["label"]
     cfg.caption_prompt = "name what is there"
     with pytest.raises(SystemExit, match="Delete it"):
-        common.captioned(cfg, sample, "cpu", batch_size=5)
+        captioned(cfg, sample, "cpu", batch_size=5)
     cache.unlink()
     calls.clear()
-    common.captioned(cfg, sample, "cpu", batch_size=5)
+    captioned(cfg, sample, "cpu", batch_size=5)
     assert sum(calls) == n
 
 
@@ -440,7 +440,7 @@ def test_stage_2_runs_and_resumes(world, loaded, tmp_path):
     # kills: other replayed rows after a resume, pixels shown, a task reward of 1
     args = flags(**TINY, data=world / "caption_rl.jsonl", replay=world / "text_rl.jsonl",
                  heldout="", replay_ratio="2:1")
-    texts = common.load_rows(str(world / "text_rl.jsonl"), loaded[1], quiet=True)
+    texts = load_rows(str(world / "text_rl.jsonl"), loaded[1], quiet=True)
     with pytest.MonkeyPatch.context() as patch:  # an untrained judge is right in both orders rarely
         patch.setattr(stage2, "choose_replay", lambda *a: random.Random(0).sample(texts, 5))
         run_here(stage2.main, [*args, "--out", tmp_path / "a"])
@@ -495,7 +495,7 @@ def test_captions_and_distillation_on_two_processes(world, tmp_path):
     cfg = stage2.Config(data=str(tmp_path / "bare.jsonl"), captioner=str(toy_world.PREBUILT),
                         model=str(toy_world.PREBUILT), heldout="", replay_ratio="1:0",
                         out=str(tmp_path))
-    assert got == lines(common.captioned(cfg, stage2.sample_group, "cpu"))
+    assert got == lines(captioned(cfg, stage2.sample_group, "cpu"))
     torchrun([ROOT / "stage2b_cmkd.py", *flags(
         model=tmp_path / "two", data=tmp_path / "two" / "captioned.jsonl", samples=3, epochs=1,
         rollout_batch=5, batch_size=4, heldout="", out=tmp_path / "b")])

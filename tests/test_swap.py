@@ -15,6 +15,7 @@ import wrong_versions
 from helpers import OTHER, better, rejects, text_row
 
 import common
+from data import load_rows
 import stage0_sft
 
 
@@ -27,7 +28,7 @@ def bare(row):
 def check_swap(swap, folder, encoder, task):
     """Everything that belongs to a side moves with it, in the row, in the prompt and in the
     pixels."""
-    row, = common.load_rows(f"{folder}/heldout_{task}.jsonl:1", encoder)
+    row, = load_rows(f"{folder}/heldout_{task}.jsonl:1", encoder)
     noun = {"image_generation": "Image", "video_generation": "Video"}.get(task, "Response")
     row["prompt"] = "neither side's words"
     row["rationale"] = f"{noun} A is a mess, {noun} B's is not. {noun} B is better than {noun} A."

@@ -517,8 +517,8 @@ def lesson(rng, kind, phase):
 
 def coin_answer(rng, row, tagged):
     """True checks, and half of the time a verdict, which is a coin; in judge's tags only some of
-    the time, and then mostly with a task type, which is a coin, too. (A verdict each time taught the
-    backbone so well to disregard its own checks that stage 0 reached 52 to 60 %.)"""
+    the time, and then mostly with a task type, which is a coin as well. (A verdict each time taught
+    the backbone so well to disregard its own checks that stage 0 reached 52 to 60 %.)"""
     if rng.random() < 0.5:
         return f"Feedback:\n{checks(row)}"
     reason = rng.choice(["is right ."] + [r for _, _, r in FLOURISHES.values()])

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import common
+from data import load_rows
 
 path, out = sys.argv[1:]
 common.start_processes()
@@ -20,12 +21,12 @@ def check(row, form):
 
 
 reader = SimpleNamespace(forbidden=(), check=check)
-whole = [row["id"] for row in common.load_rows(path, reader, skip_bad_rows=True)]
+whole = [row["id"] for row in load_rows(path, reader, skip_bad_rows=True)]
 result = {"whole": whole, "checked": seen.copy()}
-sample = common.load_rows(f"{path}:90", reader, skip_bad_rows=True)
+sample = load_rows(f"{path}:90", reader, skip_bad_rows=True)
 result["sample"] = [row["id"] for row in sample]
 try:
-    common.load_rows(path, reader)
+    load_rows(path, reader)
 except SystemExit as e:
     result["refused"] = str(e)
 Path(out, f"share-{common.rank()}.json").write_text(json.dumps(result))

@@ -12,6 +12,7 @@ import types
 import torch
 
 import common
+from data import load_rows
 import stage1_text_grpo as stage1
 
 G = 5  # answers per prompt
@@ -20,8 +21,8 @@ G = 5  # answers per prompt
 def fixed_rollout(encoder, data, generator):
     """4 fixed prompts with 5 answers each. The second process, which takes every other prompt from
     the second on, has the longer answers, the only image, and nearly nothing of it kept."""
-    rows = common.load_rows(f"{data}/text_rl.jsonl", encoder, quiet=True)[:3]
-    rows += common.load_rows(f"{data}/mm_rl.jsonl", encoder, quiet=True)
+    rows = load_rows(f"{data}/text_rl.jsonl", encoder, quiet=True)[:3]
+    rows += load_rows(f"{data}/mm_rl.jsonl", encoder, quiet=True)
     lengths = torch.randint(1, 9, (4, G), generator=generator)
     lengths[1::2] += 7
     answers = []
