@@ -374,7 +374,9 @@ def load_pairs(sources, encoder, settings, cfg, exclude=""):
     def check(row, form):
         return measure(row, encoder, settings)
 
-    reader = SimpleNamespace(forbidden=encoder.forbidden, check=check)  # all that load_rows() needs
+    # all that load_rows() needs
+    reader = SimpleNamespace(forbidden=encoder.forbidden, check=check,
+                             kept_as=f"{encoder.kept_as} {settings}")
     rows = load_rows(sources, reader, "pixels", cfg.max_prompt_tokens, cfg.skip_bad_rows,
                      exclude)
     kept = [row for row in rows if not candidates_are_equal(row, encoder, settings)]
