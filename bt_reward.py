@@ -193,8 +193,7 @@ def score_group(model, encoder, prompts, answers):
     """b prompts and the token ids of their answers [b][G], where G may differ from prompt to prompt
     -> scores [N] in fp32, in the order of the answers."""
     device = next(model.parameters()).device
-    ids, positions, sees, _, _, owner, pixels = pack(prompts, answers, encoder.pad_id, device)
-    media = {} if pixels is None else {"pixel_values": pixels}
+    ids, positions, sees, _, _, owner, media = pack(prompts, answers, encoder.pad_id, device)
     masks = common.layer_masks(model, sees, positions)
     with common.autocast(device):
         hidden = model.model(input_ids=ids, attention_mask=masks, position_ids=positions,

@@ -78,13 +78,12 @@ def paper(args):
     return PAPER | (PAPER_LABEL if args.target == "label" else {})
 
 
-def answer_nll(model, ids, mask, labels, pixels):
+def answer_nll(model, ids, mask, positions, labels, media):
     """-> summed negative log-likelihood of the answer tokens, and how many there are."""
-    media = {} if pixels is None else {"pixel_values": pixels}
     # the head is applied from the first column on that any answer has
     keep = labels.shape[1] - int((labels >= 0).any(0).nonzero()[0])
     with common.autocast(ids.device):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False,
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
                        logits_to_keep=keep + 1, **media).logits                # [b, keep+1, V]
     nll = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, -keep:].flatten(),
                           ignore_index=-100, reduction="sum")
@@ -100,20 +99,23 @@ def target_text(row, target, style="msrl"):
 
 
 def collate(prompts, answers, pad_id, device):
-    """b prompts and their answers' ids -> ids [b, L], mask [b, L], labels [b, L] (-100 outside the
-    answer), pixels or None. Prompt on the left, answer right after it, padding on the right."""
+    """b prompts and their answers' ids -> ids [b, L], mask [b, L], positions [b, L] (Qwen-VL:
+    [3, b, L]), labels [b, L] (-100 outside the answer), media. Prompt on the left, answer right
+    after it, padding on the right."""
     width = max(len(p.ids) + len(answer) for p, answer in zip(prompts, answers, strict=True))
-    ids, mask, labels, pixels = [], [], [], []
+    ids, mask, positions, labels = [], [], [], []
     for prompt, answer in zip(prompts, answers, strict=True):
         length = len(prompt.ids) + len(answer)
         padding = width - length
         ids.append(prompt.ids + answer + [pad_id] * padding)
         mask.append([1] * length + [0] * padding)
+        after = prompt.following(width - len(prompt.ids))
+        after = after.expand(*prompt.positions.shape[:-1], -1)
+        positions.append(torch.cat([prompt.positions, after], -1))
         labels.append([-100] * len(prompt.ids) + answer + [-100] * padding)
-        if prompt.pixels is not None:
-            pixels.append(prompt.pixels)
     return (torch.tensor(ids, device=device), torch.tensor(mask, device=device),
-            torch.tensor(labels, device=device), torch.cat(pixels).to(device) if pixels else None)
+            torch.stack(positions, -2).to(device), torch.tensor(labels, device=device),
+            common.media_of(prompts, device))
 
 
 def finetune(model, encoder, rows, target, heldout, state, cfg, stage, may_swap, sample):
@@ -246,14 +248,15 @@ def generate_greedily(model, encoder, prompts, group_size=1, temperature=0.0, ma
     assert group_size == 1 and temperature == 0
     model.eval()
     device = next(model.parameters()).device
-    ids, mask, pixels = common.left_pad(prompts, encoder.pad_id, device)              # [B, P]
-    more = {} if pixels is None else {"pixel_values": pixels}
+    ids, mask, positions, media = common.left_pad(prompts, encoder.pad_id, device)    # [B, P]
+    more = {}
     if encoder.image_token_id is not None:
         more["suppress_tokens"] = [encoder.image_token_id]
     with common.autocast(device):
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens,
-                             do_sample=False, eos_token_id=encoder.eos_ids,
-                             pad_token_id=encoder.pad_id, **more)
+        out = model.generate(input_ids=ids, attention_mask=mask, position_ids=positions,
+                             max_new_tokens=max_new_tokens, do_sample=False,
+                             eos_token_id=encoder.eos_ids, pad_token_id=encoder.pad_id,
+                             **media, **more)
     answers = []
     for answer in out[:, ids.shape[1]:].tolist():
         ends = [t for t, token in enumerate(answer) if token in encoder.eos_ids]

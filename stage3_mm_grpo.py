@@ -454,10 +454,8 @@ def sample_group(model, encoder, prompts, group_size, temperature, max_new_token
     paper; its script leaves its framework's top-p 0.9 and top-k 50, and scores without them."""
     model.eval()  # also turns gradient checkpointing off, which would silently disable the cache
     device = next(model.parameters()).device
-    ids, mask, pixels = common.left_pad(prompts, encoder.pad_id, device)              # [B, P]
-    media = {} if pixels is None else {"pixel_values": pixels}
+    ids, mask, positions, media = common.left_pad(prompts, encoder.pad_id, device)    # [B, P]
     eos = torch.tensor(encoder.eos_ids, device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = common.decoding_cache()
     with common.autocast(device):
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
@@ -465,7 +463,8 @@ def sample_group(model, encoder, prompts, group_size, temperature, max_new_token
     cache.batch_repeat_interleave(group_size)                                         # [N, ...]
     logits = out.logits[:, -1].repeat_interleave(group_size, 0)                       # [N, V]
     mask = mask.repeat_interleave(group_size, 0)                                      # [N, P]
-    position = mask.sum(1, keepdim=True)                                              # [N, 1]
+    # the next token's; Qwen-VL's positions have three parts: [3, N, 1]
+    position = (positions[..., -1:] + 1).repeat_interleave(group_size, -2)            # [N, 1]
     n = len(mask)
     tokens = torch.full((n, max_new_tokens), -1, device=device)
     logps = torch.zeros(n, max_new_tokens, device=device)
@@ -485,7 +484,7 @@ def sample_group(model, encoder, prompts, group_size, temperature, max_new_token
         if alive.sum() <= 0.75 * len(alive):  # compaction: finished rows leave the batch
             keep = alive.nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            token, mask, position = token[keep], mask[keep], position[keep]
+            token, mask, position = token[keep], mask[keep], position[..., keep, :]
             row, alive = row[keep], alive[keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)                     # [rows, P+t+1]
         with common.autocast(device):
@@ -518,9 +517,9 @@ def pack(prompts, answers, pad_id, device):
         source           2  3  2  5  6        the place whose logits predict this answer token
 
     A token sees itself and what is before it in the prompt and in its own answer, no other answer.
-    -> ids, positions [b, L], attention mask [b, 1, L, L], source [b, S] counted from the prompt's
-    last token, target ids [b, S], owner [b, S] and pixels; L = P + S."""
-    ids, mask, pixels = common.left_pad(prompts, pad_id, device)                       # [b, P]
+    -> ids, positions [b, L] (Qwen-VL: [3, b, L]), attention mask [b, 1, L, L], source [b, S]
+    counted from the prompt's last token, target ids [b, S], owner [b, S] and media; L = P + S."""
+    ids, mask, positions, media = common.left_pad(prompts, pad_id, device)             # [b, P]
     b, width = ids.shape
     longest = max(sum(len(answer) for answer in group) for group in answers)
     tail = torch.full((b, longest), pad_id, device=device)                             # [b, S]
@@ -533,14 +532,14 @@ def pack(prompts, answers, pad_id, device):
             n = len(answer)
             tail[i, at:at + n] = torch.tensor(answer, device=device)
             owner[i, at:at + n] = g
-            place[i, at:at + n] = len(prompts[i].ids) + torch.arange(n, device=device)
+            place[i, at:at + n] = prompts[i].following(n)
             source[i, at + 1:at + n] = torch.arange(at + 1, at + n, device=device)     # first: 0
             at += n
     full = torch.cat([mask - 1, owner], 1)                                             # [b, L]
-    positions = torch.cat([(mask.cumsum(1) - 1).clamp(min=0), place], 1)
+    positions = torch.cat([positions, place.expand(*positions.shape[:-1], -1)], -1)
     q, k = full[:, :, None], full[:, None, :]
     sees = ((k == 0) | (k == q)).tril()  # padding sees padding: no empty row, no NaN
-    return torch.cat([ids, tail], 1), positions, sees[:, None], source, tail, owner, pixels
+    return torch.cat([ids, tail], 1), positions, sees[:, None], source, tail, owner, media
 
 
 def packed_logps(model, encoder, prompts, answers, temperature):
@@ -549,9 +548,8 @@ def packed_logps(model, encoder, prompts, answers, temperature):
     The prompt is computed once for its G answers: P + G*C tokens instead of G*(P + C). The head
     works from the prompt's last token on, and log-softmax is logits minus logsumexp in fp32."""
     device = next(model.parameters()).device
-    ids, positions, sees, source, target, owner, pixels = pack(prompts, answers, encoder.pad_id,
-                                                               device)
-    media = {} if pixels is None else {"pixel_values": pixels}
+    ids, positions, sees, source, target, owner, media = pack(prompts, answers, encoder.pad_id,
+                                                              device)
     masks = common.layer_masks(model, sees, positions)
     with common.autocast(device):
         logits = model(input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=False,

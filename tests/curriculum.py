@@ -103,7 +103,7 @@ def judge(folder, form, rows, files="heldout", blank=False):
         ids = encoder.answer_ids("<caption>\n</caption>\n")[:-1]
 
         def sample(model, encoder, prompts, *args):
-            begun = [replace(p, ids=p.ids + ids) if blank and p.pixels is not None else p
+            begun = [replace(p, ids=p.ids + ids, positions=None) if blank and p.pixels is not None else p
                      for p in prompts]
             return sample_group(model, encoder, begun, *args)
         result = {}
