@@ -36,9 +36,12 @@ from accelerate.utils import gather_object
 from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
+# by its place: without torchvision 5.17 has a dummy by this name at the top
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file
 
 transformers.utils.logging.disable_progress_bar()  # its bars are about files; ours are about work
 
@@ -695,6 +698,7 @@ def coin(*key):
 IMAGE_TOKEN = "<IMG_CONTEXT>"  # InternVL's placeholder
 QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 VISION_MODELS = ("internvl", *QWEN_VL)
+VIDEO_SETTINGS = "video_preprocessor_config.json"  # not for us, but for who serves a checkpoint
 
 
 def open_image(path):
@@ -786,6 +790,9 @@ class Encoder:
                                                                       **limit)
             self.tokens_per_tile = getattr(config, "image_seq_length", None)  # InternVL
             self.positions_per_second = getattr(config.vision_config, "tokens_per_second", None)
+        self.video_settings = cached_file(folder, VIDEO_SETTINGS,
+                                          _raise_exceptions_for_missing_entries=False,
+                                          _raise_exceptions_for_connection_errors=False)
         self.eos_ids = self._declared_eos_ids(folder, config)
         if not self.eos_ids:
             raise SystemExit(f"{folder}: neither tokenizer nor generation_config.json names an "
@@ -868,17 +875,20 @@ class Encoder:
         else:
             patches, grid = self.image_patches(images)
         moments, height, width = grid
-        merge = self.image_processor.merge_size
+        merge, n = self.image_processor.merge_size, self.image_processor.temporal_patch_size
         rows, columns = height // merge, width // merge
         features = "<|image_pad|>" * (rows * columns)
         if video and self.kind == "qwen3_vl":  # each moment by itself, after its time
             shown = ""
-            for time in seconds:
+            for first in range(0, len(seconds), n):
+                frames = seconds[first:first + n]
+                time = (frames[0] + frames[-1]) / 2
                 shown += f"<{time:.1f} seconds><|vision_start|>{features}<|vision_end|>"
             return shown, patches, grid, [([0], rows, columns)] * moments
         step = 1
-        if video and self.positions_per_second and moments > 1:  # Qwen2.5-VL: evenly, in seconds
-            step = self.positions_per_second * (seconds[-1] - seconds[0]) / (moments - 1)
+        if self.positions_per_second and moments > 1:  # Qwen2.5-VL: in seconds, evenly
+            between = (seconds[-1] - seconds[0]) / (len(seconds) - 1)
+            step = self.positions_per_second * n * between
         times = [int(moment * step) for moment in range(moments)]
         shown = f"<|vision_start|>{features * moments}<|vision_end|>"
         return shown, patches, grid, [(times, rows, columns)]
@@ -893,8 +903,10 @@ class Encoder:
         return out["pixel_values"], out["image_grid_thw"][0].tolist()
 
     def video_patches(self, images):
-        """-> patches [T * height * width, D], grid [T, height, width], when each of the T moments
-        is [T], in seconds. A moment is n frames, of which the last one may be repeated."""
+        """-> patches [T * height * width, D], grid [T, height, width], time of each frame in
+        seconds. A moment is n frames; the last frame is repeated to fill the last one."""
+        # UNSPECIFIED: a folder of frames has no times; Qwen samples two frames a second
+        seconds = [image.info.get("seconds", k / 2) for k, image in enumerate(images)]
         processor = self.image_processor
         n = processor.temporal_patch_size
         images = images + images[-1:] * (-len(images) % n)
@@ -909,10 +921,7 @@ class Encoder:
         # Of the n frames of a moment, the k-th is to give the k-th copy.
         copies = patches.view(-1, n, height * width, 3, n, processor.patch_size ** 2)
         patches = copies.diagonal(dim1=1, dim2=4).movedim(-1, 3).flatten(2).flatten(0, 1)
-        # UNSPECIFIED: a folder of frames has no times; Qwen samples two frames a second
-        seconds = [image.info.get("seconds", k / 2) for k, image in enumerate(images)]
-        middles = [(seconds[k] + seconds[k + n - 1]) / 2 for k in range(0, len(images), n)]
-        return patches, [len(middles), height, width], middles
+        return patches, [len(images) // n, height, width], seconds
 
     def answer_ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.eos_id]
@@ -1108,6 +1117,8 @@ def save_checkpoint(folder, model, encoder, **info):
     encoder.tokenizer.save_pretrained(part)
     if encoder.image_processor is not None:
         encoder.image_processor.save_pretrained(part)
+    if encoder.video_settings is not None:
+        shutil.copy(encoder.video_settings, part / VIDEO_SETTINGS)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     (part / "stage.json").write_text(json.dumps({**info, "versions": versions}, indent=2) + "\n")
     (folder / "stage.json").unlink(missing_ok=True)

@@ -56,6 +56,8 @@ class Config:
                                               "reads captions")
     frames: int = knob(8, "frames per video, evenly spaced")
     max_tiles: int = knob(12, "tiles per image; fewer save memory")
+    max_pixels: int = knob(0, "Qwen-VL: pixels per image, kept by the checkpoint; 0: as it says "
+                           "(MSRL's script: 1003520, R1-Reward's: 501760)")
     max_prompt_tokens: int = knob(2048, "longer prompts are skipped and counted, never cut")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
     exclude: str = knob("", "benchmark files; training rows that are in them too are left out "
@@ -110,7 +112,7 @@ def distill(model, encoder, rows, cfg):
     -> a list parallel to rows."""
     device = next(model.parameters()).device
     settings = ("model", "seed", "samples", "temperature", "frames", "rollout_batch",
-                "max_new_tokens", "max_tiles")
+                "max_new_tokens", "max_tiles", "max_pixels")
     made_by = {name: getattr(cfg, name) for name in settings}
     made_by["checkpoint"] = common.stamps(cfg.model)
 
@@ -176,7 +178,8 @@ def main():
         raise SystemExit(f"{cfg.model} was trained with --style r1; a <caption> belongs to MSRL's "
                          "templates only.")
     model, student = common.load(cfg.model, device, made_by=Config.model, frames=cfg.frames,
-                                 max_tiles=cfg.max_tiles, style=cfg.style)
+                                 max_tiles=cfg.max_tiles, max_pixels=cfg.max_pixels,
+                                 style=cfg.style)
     teacher = copy.copy(student)  # the same model is both; they may be asked in different words
     teacher.style = "msrl"
     # what can fail comes before hours of sampling: both prompts are measured, in their own words
