@@ -879,6 +879,8 @@ class Encoder:
         rows, columns = height // merge, width // merge
         features = "<|image_pad|>" * (rows * columns)
         if video and self.kind == "qwen3_vl":  # each moment by itself, after its time
+            # DEVIATION: transformers 5 has one more start and end round it all; 4.57, with which
+            # the model came, and vLLM have not
             shown = ""
             for first in range(0, len(seconds), n):
                 frames = seconds[first:first + n]

@@ -170,12 +170,14 @@ def plain_video(path):
     height, width = smart_resize(images[0].height, images[0].width, PATCH * MERGE,
                                  min_pixels=64 * TOKEN, max_pixels=64 * TOKEN)
     processor, frames = Qwen2VLImageProcessorPil(), []
-    mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
+    mean = torch.tensor(processor.image_mean)[:, None, None]
+    std = torch.tensor(processor.image_std)[:, None, None]
     for image in images:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         frame = torch.tensor(np.array(image)).permute(2, 0, 1) / 255
         frames.append((frame - mean) / std)
-    patches, *grid = Qwen3VLVideoProcessor.patchify(None, torch.stack(frames)[None], PATCH, MERGE, 2)
+    videos = torch.stack(frames)[None]
+    patches, *grid = Qwen3VLVideoProcessor.patchify(None, videos, PATCH, MERGE, 2)
     return patches[0], torch.tensor([grid]), indices, fps, total
 
 
@@ -246,7 +248,8 @@ def test_positions_are_the_models_own(world):
         want, delta = world.model.model.get_rope_index(
             mm_token_type_ids=kinds_of_tokens(world, plain["input_ids"]), **inputs)
         assert torch.equal(prompt.positions, want[:, 0])
-        assert prompt.following(3).tolist() == [delta.item() + len(prompt.ids) + k for k in range(3)]
+        after = delta.item() + len(prompt.ids)
+        assert prompt.following(3).tolist() == [after, after + 1, after + 2]
 
 
 def test_positions_of_the_published_example():
@@ -263,10 +266,10 @@ def test_a_limit_of_pixels_is_remembered(world, tmp_path):
     # kills: a limit for images only, a limit that the checkpoint forgets
     folder = world.folder / "model"
     model, encoder = common.load(folder, max_pixels=16 * TOKEN, frames=FRAMES)
-    for case, free in zip(world.cases[1:], world.prompts[1:], strict=True):
+    for case, free in zip(world.cases[2:], world.prompts[2:], strict=True):  # the larger media
         prompt = encoder.encode(*case)
         assert (prompt.grids.prod(1) // prompt.grids[:, 0] <= 16 * MERGE ** 2).all()
-        assert len(prompt.ids) < len(free.ids) or case[0].startswith("<image> is")
+        assert len(prompt.ids) < len(free.ids)
     common.save_checkpoint(tmp_path, model, encoder)
     again = common.load(tmp_path, frames=FRAMES)[1]
     assert again.encode(*world.cases[2]).ids == encoder.encode(*world.cases[2]).ids
@@ -462,7 +465,7 @@ def test_scores_of_a_reward_model(world):
     torch.testing.assert_close(got, torch.cat(want), atol=2e-5, rtol=0)
 
 
-# ------------------------------------------------------------------------------ checkpoints and runs
+# ----------------------------------------------------------------------------- checkpoints and runs
 def test_saved_checkpoints_load_in_plain_transformers(world, tmp_path):
     # kills: an image processor that is not saved, Qwen3-VL's limits for videos lost
     (world.folder / "model" / "video_preprocessor_config.json").write_text('{"max_frames": 7}')
