@@ -955,9 +955,9 @@ def rotary_positions(ids, placeholder, blocks):
     counts on in all three parts. A block of placeholders, (times, rows, columns), takes one
     position after another in each part by itself; what comes after it goes on behind its largest.
 
-    DEVIATION: from transformers 5.3 to at least 5.23 get_rope_index() goes on behind rows and
-    columns, so that the text after a long Qwen2.5-VL video has positions that the video has, too.
-    The weights were trained as here, and vLLM counts as here."""
+    DEVIATION: get_rope_index() of transformers 5.17 and 5.23 goes on behind rows and columns, so
+    that the text after a long Qwen2.5-VL video has positions that the video has, too. That of 4.49,
+    by the model's authors, counted as here, and vLLM does."""
     positions, following, blocks = [], 0, iter(blocks)
     while len(positions) < len(ids):
         if ids[len(positions)] != placeholder:

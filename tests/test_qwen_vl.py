@@ -253,7 +253,7 @@ def test_positions_are_the_models_own(world):
 
 
 def test_positions_of_the_published_example():
-    # By the hands of Qwen2.5-VL's authors, in transformers 4.49 to 5.2: 3 moments of 2 x 2, 25
+    # By Qwen2.5-VL's authors, in the docstring of transformers 4.49: 3 moments of 2 x 2, 25
     # positions a second, a moment each 2 seconds. kills: text after rows and columns (at 2)
     ids = [9] * 12 + [1] * 5
     time, height, width = common.rotary_positions(ids, 9, [([0, 50, 100], 2, 2)]).tolist()
