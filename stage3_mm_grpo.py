@@ -64,8 +64,7 @@ class Config:
                      "several files, separated by commas. Paper: 20k rows of Table 5")
     frames: int = knob(8, "frames per video, evenly spaced")
     max_tiles: int = knob(12, "tiles per image; fewer save memory")
-    max_pixels: int = knob(0, "Qwen-VL: pixels per image, kept by the checkpoint; 0: as it says "
-                           "(MSRL's script: 1003520, R1-Reward's: 501760)")
+    max_pixels: int = knob(0, "of an image for Qwen-VL, see stage 0; 0: as the checkpoint says")
     heldout: str = knob(HELDOUT, "rows judged before and after; '' for none")
     out: str = knob("runs/stage3_mm_grpo", "run folder; the same command resumes it")
     seed: int = knob(0, "of the data order and of sampling")
@@ -332,9 +331,8 @@ def main():
     state = common.open_run(cfg.out, cfg)
 
     # ------------------------------------------------------------------------------ model and data
-    model, encoder = common.load(cfg.model, device, made_by=Config.model, style=cfg.style,
-                                 frames=cfg.frames, max_tiles=cfg.max_tiles,
-                                 max_pixels=cfg.max_pixels)
+    model, encoder = common.load(cfg.model, device, made_by=Config.model, max_tiles=cfg.max_tiles,
+                                 style=cfg.style, frames=cfg.frames, max_pixels=cfg.max_pixels)
     ref = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None
     if cfg.freeze_vision:
         common.freeze_vision(model)

@@ -7,6 +7,7 @@ processors as far as they run without torchvision.
 
 import copy
 import math
+import runpy
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 import toy_world
 import transformers
-from helpers import ROOT, flags, lines, rejects, small_world, torchrun, weights_of, write_video
+from helpers import (
+    PROGRAMS, ROOT, flags, lines, rejects, run_here, small_world, torchrun, weights_of, write_video)
 from PIL import Image
 from tokenizers import AddedToken
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
@@ -490,9 +492,25 @@ def test_frozen_vision(world):
         assert parameter.requires_grad == ("visual" not in name)
 
 
+def test_one_gradient_on_one_and_two_processes(world, tmp_path):
+    # One update with rewards by chance, three rows of text and one with an image or video. kills:
+    # gradients averaged over processes, a vision tower that one of them leaves out
+    small_world(tmp_path, text_rl=3, mm_rl=1)
+    script, args = PROGRAMS / "two_ranks.py", [world.folder / "model", tmp_path, tmp_path]
+    torchrun([script, *args])
+    run_here(lambda: runpy.run_path(str(script), run_name="__main__"), args)
+    one, a, b = (torch.load(tmp_path / f"gradient-{name}.pt")["token"]["gradient"]
+                 for name in ("1-0", "2-0", "2-1"))
+    assert one.keys() == a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    flat = [torch.cat([g.flatten() for g in x.values()]).double() for x in (one, a)]
+    assert (flat[1] - flat[0]).norm() < 1e-5 * flat[0].norm()
+    assert one["model.visual.patch_embed.proj.weight"].norm() > 1e-4 * flat[0].norm()
+
+
 def test_stage_3_on_two_processes(world, tmp_path):
-    # A step each of text, images and videos, the vision tower learning, and a checkpoint that
-    # loads. kills: processes that part where one has no image
+    # Text, images and videos, with gradient checkpointing, and a checkpoint that loads.
+    # kills: processes that part where one has no image
     small_world(tmp_path / "world", text_rl=1, mm_rl=4)
     rows = lines(tmp_path / "world" / "mm_rl.jsonl") + lines(tmp_path / "world" / "text_rl.jsonl")
     rows += rows[:1]
@@ -501,13 +519,11 @@ def test_stage_3_on_two_processes(world, tmp_path):
     common.write_lines(tmp_path / "rows.jsonl", rows)
     torchrun([ROOT / "stage3_mm_grpo.py", *flags(
         model=world.folder / "model", data=tmp_path / "rows.jsonl", heldout="", batch_size=6,
-        rollout_batch=3, micro_batch=2, group_size=3, max_new_tokens=6, max_steps=2, frames=2,
-        max_prompt_tokens=4096, lr=1e-3, gradient_checkpointing=True, out=tmp_path / "run")])
-    for metrics in lines(tmp_path / "run" / "metrics.jsonl"):
-        assert metrics["sampling/sampling_logp_difference/mean"] < 1e-4
-        assert metrics["grad_norm"] > 0 or metrics["frac_reward_zero_std"] == 1
-    before, after = weights_of(world.folder / "model"), weights_of(tmp_path / "run")
-    assert before.keys() == after.keys()
+        rollout_batch=3, micro_batch=2, group_size=3, max_new_tokens=6, max_steps=1, frames=2,
+        max_prompt_tokens=4096, gradient_checkpointing=True, out=tmp_path / "run")])
+    metrics, = lines(tmp_path / "run" / "metrics.jsonl")
+    assert metrics["sampling/sampling_logp_difference/mean"] < 1e-4
+    assert weights_of(world.folder / "model").keys() == weights_of(tmp_path / "run").keys()
     common.load(tmp_path / "run")
 
 
