@@ -47,8 +47,8 @@ class Config:
     form: Literal["pixels", "caption"] = knob("pixels", "'caption': captions in place of media")
     frames: int = knob(8, "frames per video, evenly spaced")
     max_tiles: int = knob(12, "tiles per image; fewer save memory")
-    max_pixels: int = knob(0, "of an image for Qwen-VL, kept by the checkpoint for what follows; 0: "
-                           "as it says (MSRL's script: 1003520, R1-Reward's: 501760)")
+    max_pixels: int = knob(0, "of an image for Qwen-VL, kept by the checkpoint for what follows; "
+                           "0: as it says (MSRL's script: 1003520, R1-Reward's: 501760)")
     max_prompt_tokens: int = knob(2048, "longer prompts are skipped and counted, never cut")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
     exclude: str = knob("", "benchmark files; training rows that are in them too are left out "
