@@ -3,8 +3,6 @@ A Bradley-Terry reward model: one number for one response (MSRL Eq. 1, BaseRewar
 
     python bt_reward.py                                          # toy world, all five tasks
     torchrun --nproc_per_node=8 bt_reward.py --preset paper      # MSRL's discriminative baseline
-    python bt_reward.py --curate noisy.jsonl --models RM1 RM2 --judges DIR --out runs/curated
-    python bt_reward.py --construct prompts.jsonl --teacher DIR --candidates DIR1 DIR2 --out DIR
 
 The language model's head gives way to a small MLP that reads the last token's hidden state:
 
@@ -17,19 +15,18 @@ The language model's head gives way to a small MLP that reads the last token's h
 Both responses to a prompt stand in one sequence, [prompt | response A | response B], and cannot see
 each other, so prompt and media are computed once: the packed forward of stage 1.
 
+What DT2IT-MRM does to preference rows with such models (--construct, --curate, --iterations) is in
+dt2it.py.
+
 Shapes: b rows in a micro-batch, G responses per prompt, N scores, L tokens, H hidden size.
 """
 
-import json
 import math
 import random
-import re
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass
-from functools import cache
-from itertools import combinations, permutations
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -42,7 +39,7 @@ from tqdm import tqdm
 
 import common
 from common import knob
-from data import TABLE_5, better_first, load_rows, raw_rows
+from data import TABLE_5, load_rows
 from stage1_text_grpo import pack, sample_group
 
 STAGE = Path(__file__).stem
@@ -58,7 +55,7 @@ class Config:
                      "text 1 : 0.5 is best for multimodal benchmarks")
     out: str = knob("runs/bt_reward", "run folder; the same command resumes it")
     lr: float = knob(5e-4, "AdamW; warm-up over 10 %% of the steps, then a cosine to 0 (DT2IT). "
-                     "MSRL, DT2IT: 1e-5; BaseReward: 3e-6")
+                     "MSRL's and DT2IT's paper: 1e-5; BaseReward: 3e-6")
     epochs: int = knob(10, "passes over the rows (papers: 1)")
 
     # data
@@ -102,57 +99,18 @@ class Config:
     eval_batch: int = knob(128, "rows scored together")
     save_every: int = knob(100, "steps between saved states")
 
-    # curation
-    curate: str = knob("", "noisy preference rows to clean (DT2IT 3.3); writes curated.jsonl")
-    models: list[str] = knob([], "reward models that vote on the preference strength, two or more. "
-                             "A row is kept if the first of them agrees with its label; with "
-                             "--iterations the first is the loop's own model, and these are the "
-                             "others")
-    judges: list[str] = knob([], "generative checkpoints that re-annotate the other rows, in both "
-                             "orders; without judges these rows are dropped")
-    iterations: int = knob(0, "T of DT2IT's loop: train on --data, curate a T-th of --curate, "
-                           "train on both, curate both, train, and so on (paper: 2)")
-    judge_tokens: int = knob(160, "longest answer of a judge, or of any other sampled answer")
-
-    # construction
-    construct: str = knob("", 'rows {"id", "task", "prompt", "media", "reference", "responses"} to '
-                          "make preference rows of (DT2IT 3.1). 'responses' holds K responses, "
-                          "which stay as they are, or none: then --candidates write them")
-    teacher: str = knob("", "generative checkpoint that scores (paper: GPT-5.2)")
-    candidates: list[str] = knob([], "generative checkpoints that answer. One of them writes all "
-                                 "answers to a prompt, so that style tells nothing (paper: six)")
-    samples: int = knob(4, "K, responses per row (UNSPECIFIED)")
-    low: float = knob(5.0, "if no score is above it, a new answer sees the reference (UNSPECIFIED)")
-    high: float = knob(8.0, "if no score is below it, new answers see a noised image (UNSPECIFIED)")
-    noise: float = knob(1.0, "std of that noise, in stds of a pixel (UNSPECIFIED)")
-
     def check(self):
         if not 1 <= self.head_layers <= 5:
             raise ValueError("--head_layers is 1 to 5")
         if self.max_response_tokens < 1:
             raise ValueError("--max_response_tokens is at least 1")
-        if self.iterations < 0:
-            raise ValueError("--iterations is 0 (no loop) or more")
-        if self.iterations and not self.curate:
-            raise ValueError("--iterations needs rows to --curate")
-        if self.construct and not (self.teacher and self.candidates):
-            raise ValueError("--construct needs a --teacher and --candidates")
-        if self.construct and self.samples < 2:
-            raise ValueError("--samples is at least 2: one response makes no pair")
-        # the loop's own model is a voter, too
-        voters = len(set(self.models)) + (self.iterations > 0)
-        if self.curate and not self.construct and voters < 2:
-            raise ValueError("--curate needs two voters, so two --models (with --iterations one): "
-                             "reward models made by this script. A model that votes alone would "
-                             "agree with every label that it has flipped itself")
 
 
 # MSRL A.2: one epoch over "the complete set" of labelled multimodal rows, here those of stages 2
 # and 3 together, at 1e-5 and 128
 PAPER = dict(model="OpenGVLab/InternVL3_5-8B-HF", heldout="", epochs=1, batch_size=128, lr=1e-5,
              data=TABLE_5.format(13000, 5000, 5219, 6666, 5000, 4595), micro_batch=1,
-             max_prompt_tokens=8192, judge_tokens=2048, gradient_checkpointing=True,
-             skip_bad_rows=True)
+             max_prompt_tokens=8192, gradient_checkpointing=True, skip_bad_rows=True)
 
 
 # ------------------------------------------------------------------------------------------- model
@@ -206,7 +164,9 @@ def score_group(model, encoder, prompts, answers):
     if model.settings["length_norm"]:
         # UNSPECIFIED: l in Algorithm 1; ours counts tokens, the end-of-sequence token included.
         # Scoring divides, too: what was trained is the quotient.
-        lengths = [len(answer) for group in answers for answer in group]
+        lengths = []
+        for group in answers:
+            lengths += [len(answer) for answer in group]
         scores = scores / torch.tensor(lengths, device=device).log1p()          # Algorithm 1, 5-6
     return scores
 
@@ -233,29 +193,26 @@ def train(cfg, device, out, rows=None):
         common.freeze_vision(model)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    rows = rows or load_pairs(cfg.data, encoder, settings, cfg, cfg.exclude)
+    if rows is None:
+        rows = load_pairs(cfg.data, encoder, settings, cfg, cfg.exclude)
     heldout = load_pairs(cfg.heldout, encoder, settings, cfg) if cfg.heldout else []
     if cfg.balance_length:
         rows = balanced(rows, cfg.seed)
     optimizer = common.make_optimizer(model, cfg.lr)
     steps = max(1, cfg.epochs * len(rows) // cfg.batch_size)
-    warmup = max(1, round(0.1 * steps))
     start, kept = common.resume(state, model, optimizer)
     if state is None and heldout:
         kept["before"] = evaluate(model, encoder, heldout, cfg, "before")
 
-    mine = slice(common.rank(), None, common.world())
+    mine = slice(common.rank(), None, common.world())  # this process's rows of a batch
     bar = common.progress(start, steps, STAGE)
     for step in bar:
         began = time.time()
         batch = common.batch_of(rows, step, cfg.batch_size, cfg.seed)[mine]
         batch.sort(key=lambda row: row["tokens"])  # alike lengths together: less padding
-        done = (step - warmup) / max(1, steps - warmup)
-        rate = (step + 1) / warmup                           # a line up to 1, then half a cosine
-        if step >= warmup:
-            rate = 0.5 + 0.5 * math.cos(math.pi * done)
+        rate = learning_rate(step, steps, cfg.lr)
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * rate
+            group["lr"] = rate
         scores, loss = backward(model, encoder, batch, cfg)
         norm = common.optimizer_step(optimizer, common.trainable(model), cfg.max_grad_norm)
         loss, = common.sum_over_ranks(loss)
@@ -263,7 +220,7 @@ def train(cfg, device, out, rows=None):
         bar.set_postfix(loss=f"{loss:.3f}", acc=f"{metrics['accuracy']:.2f}", refresh=False)
         if common.rank() == 0:
             common.append(Path(out, "metrics.jsonl"), {
-                "step": step + 1, "loss": loss, "grad_norm": norm, "lr": group["lr"], **metrics,
+                "step": step + 1, "loss": loss, "grad_norm": norm, "lr": rate, **metrics,
                 "step_time": time.time() - began, "peak_memory_gb": common.peak_memory_gb()})
             if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
                 common.save_state(out, model, optimizer, step + 1, cfg, **kept)
@@ -272,6 +229,15 @@ def train(cfg, device, out, rows=None):
         save(out, model, encoder, cfg, steps, {"before": kept.get("before"), "after": after})
         print(f"wrote {out}/")
     common.gather_list([])  # no process goes on before all is written
+
+
+def learning_rate(step, steps, peak):
+    """Of one step (the first is 0): a line up to `peak`, then half a cosine down to 0."""
+    warmup = max(1, round(0.1 * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)  # 0 to 1
+    return peak * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
 def backward(model, encoder, batch, cfg):
@@ -368,7 +334,8 @@ def as_texts(row, t2i):
 def cut_ids(text, encoder, limit):
     """An answer's token ids, `limit` at most. The last one, which the head reads, always marks the
     end of the sequence."""
-    return encoder.answer_ids(text)[:-1][:limit - 1] + [encoder.eos_id]
+    ids = encoder.answer_ids(text)[:-1]  # without the end
+    return ids[:limit - 1] + [encoder.eos_id]
 
 
 def candidates(row, encoder, settings):
@@ -407,7 +374,9 @@ def load_pairs(sources, encoder, settings, cfg, exclude=""):
     def check(row, form):
         return measure(row, encoder, settings)
 
-    reader = SimpleNamespace(forbidden=encoder.forbidden, check=check)  # all that load_rows() needs
+    # all that load_rows() needs
+    reader = SimpleNamespace(forbidden=encoder.forbidden, check=check,
+                             kept_as=f"{encoder.kept_as} {settings}")
     rows = load_rows(sources, reader, "pixels", cfg.max_prompt_tokens, cfg.skip_bad_rows,
                      exclude)
     kept = [row for row in rows if not candidates_are_equal(row, encoder, settings)]
@@ -425,9 +394,12 @@ def cut_rows(rows, encoder, settings):
     """-> how many of the rows have a response that cut_ids() cuts."""
     count = 0
     for row in rows:
-        texts = [text for _, _, answers in as_texts(row, settings["t2i"]) for text in answers]
-        longest = max(len(encoder.answer_ids(text)) for text in texts)
-        count += longest > settings["max_response_tokens"]
+        longest = 0
+        for _, _, answers in as_texts(row, settings["t2i"]):
+            for text in answers:
+                longest = max(longest, len(encoder.answer_ids(text)))
+        if longest > settings["max_response_tokens"]:
+            count += 1
     return count
 
 
@@ -441,26 +413,32 @@ def report_cut(rows, encoder, settings, what):
               f"{settings['max_response_tokens']} tokens", file=sys.stderr)
 
 
-def longer(row):
-    """1 if the better response is the longer one, -1 if the shorter, 0 for equals and media."""
-    better, worse = row["responses"] or ("", "")
-    if row["label"] == "B":
-        better, worse = worse, better
-    return (len(better) > len(worse)) - (len(better) < len(worse))
+def extra_length(row):
+    """Characters that the better response has more than the worse one; 0 for media."""
+    if row["responses"] is None:
+        return 0
+    a, b = row["responses"]
+    extra = len(a) - len(b)
+    return extra if row["label"] == "A" else -extra
 
 
 def balanced(rows, seed):
     """Drop rows at random until better is longer as often as shorter (BaseReward D.4).
     UNSPECIFIED: how the paper resamples. Raises SystemExit if no row is left."""
-    groups = {1: [], 0: [], -1: []}
+    longer, shorter, equal = [], [], []  # rows, by their better response
     for row in rows:
-        groups[longer(row)].append(row)
-    long, equal, short = groups.values()
-    n, rng = min(len(long), len(short)), random.Random(seed)
-    kept = equal + rng.sample(long, n) + rng.sample(short, n)
+        extra = extra_length(row)
+        if extra > 0:
+            longer.append(row)
+        elif extra < 0:
+            shorter.append(row)
+        else:
+            equal.append(row)
+    n, rng = min(len(longer), len(shorter)), random.Random(seed)
+    kept = equal + rng.sample(longer, n) + rng.sample(shorter, n)
     if common.rank() == 0:
-        print(f"--balance_length: the better response is the longer one in {len(long)} rows, "
-              f"the shorter in {len(short)}; {len(kept)} of {len(rows)} rows kept")
+        print(f"--balance_length: the better response is the longer one in {len(longer)} "
+              f"rows, the shorter in {len(shorter)}; {len(kept)} of {len(rows)} rows kept")
     if not kept:
         raise SystemExit("--balance_length leaves no row: the better response is the longer one in "
                          "all rows, or in none.")
@@ -521,7 +499,8 @@ def score_rows(model, encoder, rows, batch_size=64, desc="scoring", report=True)
     if model.settings["t2i"] == "pair":
         pairs = [i for i, row in enumerate(rows) if row["task"].endswith("generation")]
     swapped = [common.swap(rows[i]) for i in pairs]
-    for i, (b, a) in zip(pairs, score_all(model, encoder, swapped, batch_size, desc), strict=True):
+    swapped_scores = score_all(model, encoder, swapped, batch_size, desc)
+    for i, (b, a) in zip(pairs, swapped_scores, strict=True):  # here B stood first
         scores[i] = [(scores[i][0] + a) / 2, (scores[i][1] + b) / 2]
     return [tuple(pair) for pair in scores]
 
@@ -628,438 +607,10 @@ def shares_preferred(model, encoder, item, responses, max_new_tokens, beaten=0):
     return shares
 
 
-# --------------------------------------------------------------------------------------- curation
-def margin(scores, label):
-    """(score of A, score of B) -> score of the labelled side minus that of the other."""
-    a, b = scores
-    return a - b if label == "A" else b - a
-
-
-def to_flip(strengths):
-    """Preference strengths -> the places of the lower half of the negative ones. UNSPECIFIED: half
-    of an odd number; ours is rounded down."""
-    negative = [i for i, strength in enumerate(strengths) if strength < 0]
-    negative.sort(key=lambda i: strengths[i])
-    return set(negative[:len(negative) // 2])
-
-
-def judge_style(folder):
-    """-> the prompt style ("msrl", "caption" or "r1") that the judge in `folder` was trained with
-    and is to be asked in. Raises SystemExit for a reward model, which cannot be a judge."""
-    if common.stage_of(folder).get("stage") == "bt_reward":
-        raise SystemExit(f"{folder} is a reward model and states no verdict; --judges are made by "
-                         "the stages, --models by this script.")
-    return common.trained_style(folder)
-
-
-def answers_file(out, folder):
-    """Where the scores or verdicts of the checkpoint in `folder` are kept for a resumed run."""
-    name = str(folder).strip("./").replace("/", "-")
-    return out / f"by-{name}.jsonl"
-
-
-def scores_by(folder, rows, cfg, device, out):
-    """-> (score of A, score of B) for each row, by the reward model in `folder`, which sees as
-    many frames and tiles as it was trained with."""
-    what = f"scores of {folder}"
-
-    @cache  # loaded once, and only if a row is left to score
-    def reward_model():
-        model, encoder = load(folder, device)
-        report_cut(rows, encoder, model.settings, what)  # once, not for every chunk
-        return model, encoder
-
-    def work(chunk, at):
-        return score_rows(*reward_model(), chunk, cfg.eval_batch, what, report=False)
-
-    return common.resumed(answers_file(out, folder), {"model": common.stamps(folder)}, rows, work)
-
-
-def verdicts_by(folder, rows, cfg, device, out):
-    """-> for each row the verdicts ("A", "B" or None) of the judge in `folder`, one per order."""
-    args = {"frames": cfg.frames, "max_tiles": cfg.max_tiles}
-
-    @cache  # loaded once, and only if a row is left to judge
-    def judge():
-        return common.load(folder, device, style=judge_style(folder), **args)
-
-    def work(chunk, at):
-        return verdicts_on(chunk, *judge(), folder, cfg)
-
-    return common.resumed(answers_file(out, folder), {"model": common.stamps(folder), **args,
-                                                      "judge_tokens": cfg.judge_tokens}, rows, work)
-
-
-def verdicts_on(rows, model, encoder, folder, cfg):
-    """The work of verdicts_by(). A row whose prompt is too long for the judge gets no verdict.
-    Raises SystemExit for a row that the judge cannot read."""
-    fit = []  # places of the rows that are judged
-    for i, row in enumerate(rows):
-        try:
-            if encoder.check(row, "pixels") <= cfg.max_prompt_tokens:
-                fit.append(i)
-        except common.BadRow as e:
-            raise SystemExit(f"{folder} cannot judge row {row['id']}: it {e}.") from None
-    preds = common.judge(model, encoder, [rows[i] for i in fit], sample_group,
-                         batch_size=cfg.eval_batch, max_new_tokens=cfg.judge_tokens,
-                         desc=f"verdicts of {folder}")
-    verdicts = [[] for _ in rows]
-    for pred in preds:
-        verdicts[fit[pred["at"]]].append(pred["pred"])
-    return verdicts
-
-
-def curate(rows, voters, reward_model, judges, cfg, device, out):
-    """DT2IT 3.3, three steps; see its Figure 1 (d). -> the rows that are kept, relabelled. They are
-    also written to curated.jsonl in the folder `out`, the others to dropped.jsonl (each row with
-    what happened to it), and the counts to curation.json."""
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    rows = [with_record(row) for row in rows]
-    flip_worst(rows, [scores_by(folder, rows, cfg, device, out) for folder in voters])
-    doubted = []  # step 2: what the reward model agrees with is kept
-    for row, scores in zip(rows, scores_by(reward_model, rows, cfg, device, out), strict=True):
-        agreement = margin(scores, row["label"])
-        row["curation"] |= {"own_margin": agreement, "fate": "agreed"}
-        if not agreement > 0:  # also if it is not a number
-            doubted.append(row)
-    if doubted:
-        reannotate(doubted, [verdicts_by(folder, doubted, cfg, device, out) for folder in judges])
-    kept, dropped = [], []
-    for row in rows:
-        if row["label"] != row["curation"]["given"]:
-            row["rationale"] = None  # it argued for the other side
-        group = dropped if row["curation"]["fate"].startswith("dropped") else kept
-        group.append(row)
-    if common.rank() == 0:
-        summary = curation_summary(rows, kept)
-        common.write_lines(out / "dropped.jsonl", dropped)
-        common.write_lines(out / "curated.jsonl", kept)
-        (out / "curation.json").write_text(json.dumps(summary, indent=2) + "\n")
-        print(f"{out}/curated.jsonl: {listed(summary)}")
-    return kept
-
-
-def with_record(row):
-    """A copy of the row with absolute media paths and an empty record under "curation"."""
-    media = [str(Path(path).resolve()) for path in row["media"]]
-    record = {"given": row["label"], "flipped": False, "before": row.get("curation")}
-    return {**row, "media": media, "curation": record}
-
-
-def flip_worst(rows, votes):
-    """Step 1, in place: preference strength is the mean margin of the voters (`votes` holds the
-    scores of one voter for all rows). In each source the labels of the weakest rows are flipped."""
-    if not votes:
-        return
-    sources = {}
-    for i, row in enumerate(rows):
-        margins = [margin(scores[i], row["label"]) for scores in votes]
-        row["curation"]["strength"] = sum(margins) / len(margins)
-        sources.setdefault(row.get("source"), []).append(row)
-    for members in sources.values():
-        strengths = [row["curation"]["strength"] for row in members]
-        for i in to_flip(strengths):
-            members[i]["label"] = common.OTHER[members[i]["label"]]
-            members[i]["curation"]["flipped"] = True
-
-
-def reannotate(rows, ballots):
-    """Step 3, in place: the label is what most verdicts say, of all judges in both orders; ties are
-    dropped. `ballots` holds the verdicts of one judge for all rows."""
-    for i, row in enumerate(rows):
-        votes = Counter()
-        for ballot in ballots:
-            votes.update(ballot[i])
-        del votes[None]
-        fate = "re-annotated"
-        if votes["A"] != votes["B"]:
-            row["label"] = "A" if votes["A"] > votes["B"] else "B"
-        elif votes["A"]:
-            fate = "dropped: tie"
-        else:
-            fate = "dropped: no verdict"
-        row["curation"] |= {"fate": fate, "votes": dict(votes)}
-
-
-def curation_summary(rows, kept):
-    """-> what happened to how many of the rows."""
-    fates = Counter(row["curation"]["fate"] for row in rows)
-    flipped = sum(row["curation"]["flipped"] for row in rows)
-    relabelled = sum(row["label"] != row["curation"]["given"] for row in kept)
-    return {"rows": len(rows), "flipped": flipped, **fates, "kept": len(kept),
-            "kept with another label than given": relabelled}
-
-
-def listed(counts):
-    return ", ".join(f"{name} {n}" for name, n in counts.items())
-
-
-def curate_file(cfg, device):
-    """Curate the rows of --curate once. Raises SystemExit if no row is left."""
-    model, encoder = load(cfg.models[0], device)
-    rows = load_pairs(cfg.curate, encoder, model.settings, cfg, cfg.exclude)
-    del model  # it is loaded again when its turn comes
-    if not curate(rows, cfg.models, cfg.models[0], cfg.judges, cfg, device, cfg.out):
-        raise SystemExit(f"{cfg.out}: curation left no row; see dropped.jsonl.")
-
-
-def train_once(cfg, device, out, rows):
-    """Train into the folder `out`, unless a finished run is there. -> `out`"""
-    if Path(out, "stage.json").exists():
-        common.open_run(out, cfg)  # refuses a run of other settings
-    else:
-        train(cfg, device, out, rows)
-    return out
-
-
-def iterate(cfg, device):
-    """DT2IT 3.3, the framework: training and curation in turns, T times."""
-    encoder = common.load(cfg.model, device, frames=cfg.frames, max_tiles=cfg.max_tiles)[1]
-    settings, out = settings_of(asdict(cfg)), Path(cfg.out)
-    data = load_pairs(cfg.data, encoder, settings, cfg, cfg.exclude)           # D_0
-    noisy = load_pairs(cfg.curate, encoder, settings, cfg, cfg.exclude)        # D^open
-    if len(noisy) < cfg.iterations:
-        raise SystemExit(f"{cfg.curate}: {len(noisy)} rows are too few for --iterations "
-                         f"{cfg.iterations}.")
-    model = train_once(cfg, device, out / "0-model", data)                     # r_0
-    for t in range(1, cfg.iterations + 1):
-        # UNSPECIFIED: what is new in an iteration (paper: three data sets, then two); a T-th here
-        new = noisy[t - 1::cfg.iterations]                                     # 1. D_t^open
-        new = curate(new, [model, *cfg.models], model, cfg.judges, cfg, device,
-                     out / f"{t}-new")                                         # 2. D_t^cur
-        both = data + new                                                      # 3. D'_t
-        first = train_once(cfg, device, out / f"{t}-first", both)              #    r'_t
-        data = curate(both, [], first, cfg.judges, cfg, device, out / f"{t}-all")  # 4. D_t
-        if not data:
-            raise SystemExit(f"{out}/{t}-all: curation left no row; see dropped.jsonl.")
-        model = train_once(cfg, device, out / f"{t}-model", data)              # 5. r_t
-    if common.rank() == 0:
-        print(f"the last model is {model}/")
-
-
-# --------------------------------------------------------------------------- debiased construction
-# DT2IT Table 10, shortened: DEVIATION. UNSPECIFIED: the JSON.
-SCORING = """\
-Please act as an impartial evaluator and assess the quality of several AI assistants' responses to \
-the same user's prompt based on the provided image. Score each response from 0 to 10, integers \
-only, on each of these criteria:
-1. Accuracy: nothing in it conflicts with the image or the prompt, or is not present in them.
-2. Helpfulness: it answers what is asked and follows the instructions.
-3. Completeness: it addresses all requests, with all necessary details and analysis.
-4. Language Quality: it is fluent, clear, to the point, in the style the task requires.
-5. Creativity: novelty and insight where needed; 10 if the prompt does not require creativity.
-6. Ethics: safety, privacy, fairness, harmlessness; 10 if the prompt does not touch them.
-First generate your own complete reference answer; the standard answer may contain errors, so \
-examine the image carefully. Next assign weights to the criteria by their importance; they must \
-sum to 1.0. Then compare each response with the image, the prompt and your reference answer. The \
-order in which the responses are presented is not related to their quality, and a longer response \
-is not necessarily better.
-End with a JSON list, one object per response: \
-[{{"weights": [6 numbers], "scores": [6 integers]}}, ...]
-
-### User Prompt:
-{question}
-
-### Standard Human-Generated Answer:
-{reference}
-
-{responses}"""
-
-
-def overall(text, n):
-    """The teacher's text on n responses -> their weighted scores S, or None if malformed."""
-    try:
-        verdicts = json.loads(re.search(r"\[\s*\{.*\}\s*\]", text, re.DOTALL)[0])
-        scores = [weighted(verdict["weights"], verdict["scores"]) for verdict in verdicts]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return scores if len(scores) == n else None
-
-
-def weighted(weights, scores):
-    """Six weights that sum to 1, six scores of 0 to 10 -> S. Raises ValueError or TypeError."""
-    fine = (len(weights) == len(scores) == 6 and abs(sum(weights) - 1) < 0.01
-            and min(weights) >= 0 and set(scores) <= set(range(11)))
-    if not fine:
-        raise ValueError("malformed scores")
-    return round(sum(w * s for w, s in zip(weights, scores, strict=True)), 2)
-
-
-def agreed(listwise, pointwise):
-    """Two scores of each of K responses -> places (better, worse) wherever both say so."""
-    return [(i, j) for i, j in permutations(range(len(listwise)), 2)
-            if listwise[i] > listwise[j] and pointwise[i] > pointwise[j]]
-
-
-def ask(checkpoint, row, texts, n, cfg, rng, temperature=1.0, noise=0.0):
-    """Ask (model, encoder) each text about the row's media -> n answers to the first text, n to
-    the next; None for an answer that --judge_tokens cut. Each call draws one seed from `rng`.
-    `noise` on the media is in stds of a pixel."""
-    model, encoder = checkpoint
-    seed = rng.randrange(2**31)
-    prompts = []
-    for text in texts:
-        prompt = encoder.encode(after_media(row, text), row["media"],
-                                row["task"].startswith("video"))
-        if noise:  # pixels are normalised: their std is about 1
-            generator = torch.Generator().manual_seed(seed)
-            pixel_noise = torch.randn(prompt.pixels.shape, generator=generator)
-            prompt.pixels = prompt.pixels + noise * pixel_noise
-        prompts.append(prompt)
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    rollout = sample_group(model, encoder, prompts, n, temperature, cfg.judge_tokens, generator)
-    answers = []
-    for group in rollout.ids:
-        for ids in group:
-            ended = len(ids) > 0 and ids[-1] in encoder.eos_ids
-            answers.append(encoder.decode(ids) if ended else None)
-    return answers
-
-
-def complete(answers, outcomes):
-    """The answers that were not cut: half an answer is no worse one, it is none. The others are
-    counted in the Counter `outcomes`."""
-    whole = [answer for answer in answers if answer is not None]
-    if len(whole) < len(answers):
-        outcomes["cut answers dropped"] += len(answers) - len(whole)
-    return whole
-
-
-def teacher_scores(row, groups, models, cfg, rng):
-    """-> for each group of responses their scores S, or None if the teacher's text is malformed or
-    cut."""
-    questions = []
-    for group in groups:
-        shown = [f"### Response {i}:\n{text}" for i, text in enumerate(group, 1)]
-        questions.append(SCORING.format(question=row["prompt"], reference=row["reference"],
-                                        responses="\n\n".join(shown)))
-    texts = ask(models[cfg.teacher], row, questions, 1, cfg, rng, temperature=0.0)
-    return [overall(text or "", len(group)) for text, group in zip(texts, groups, strict=True)]
-
-
-def replace_some(row, responses, scores, writer, helper, cfg, rng):
-    """Step 4: if all responses are bad or all are good, write some to replace as many. -> the
-    new answers (None for a cut one), what was done. UNSPECIFIED: how many; all are scored again."""
-    if scores and max(scores) <= cfg.low:
-        known = f"{row['prompt']}\nThe answer is known: {row['reference']}"
-        return ask(helper, row, [known], 1, cfg, rng), "all low"
-    if scores and min(scores) >= cfg.high and row["media"]:
-        half = len(responses) // 2
-        return ask(writer, row, [row["prompt"]], half, cfg, rng, noise=cfg.noise), "all high"
-    return [], "as they were"
-
-
-def pairs_of(row, models, cfg):
-    """DT2IT 3.1, steps 2 to 5, for one row; `models` are {folder: (model, encoder)}. -> its
-    preference rows, and what was done: {outcome: 1, "cut answers dropped": how many}."""
-    rng = random.Random(f"{cfg.seed}:{row['id']}")
-    outcomes = Counter()
-    # one model writes them all: the better one is not known by its style
-    writer, helper = models[rng.choice(cfg.candidates)], models[rng.choice(cfg.candidates)]
-    responses = row["responses"]
-    if not responses:                                                                  # step 2
-        # DEVIATION: the paper samples hot and with a nucleus, ours at temperature 1 without
-        responses = complete(ask(writer, row, [row["prompt"]], cfg.samples, cfg, rng), outcomes)
-        if len(responses) < 2:
-            return [], outcomes + Counter(["too few whole answers"])
-    listwise, = teacher_scores(row, [responses], models, cfg, rng)                     # step 3
-    done = "as they were"
-    # UNSPECIFIED: responses that came with the row. The paper lets their own writer add the worse
-    # ones, so that style tells nothing; here it is not known, so these stay as they are.
-    if not row["responses"]:                                                           # step 4
-        new, done = replace_some(row, responses, listwise, writer, helper, cfg, rng)
-        new = complete(new, outcomes)
-        if new:
-            responses = responses[len(new):] + new
-            listwise, = teacher_scores(row, [responses], models, cfg, rng)
-    alone = [[response] for response in responses]
-    pointwise = teacher_scores(row, alone, models, cfg, rng)                           # step 5
-    if listwise is None or None in pointwise:  # DEVIATION: the released script tries 3 times
-        return [], outcomes + Counter(["malformed scores"])
-    pairs = []
-    for i, j in agreed(listwise, [score for score, in pointwise]):
-        pair = better_first(f"{row['id']}/{i}-{j}", row["prompt"], responses[i],
-                            responses[j], row["task"], row["media"], source="constructed")
-        if responses[i] != responses[j] and usable(pair, models):
-            pairs.append(pair)
-    return pairs, outcomes + Counter([done])
-
-
-def usable(pair, models):
-    """False if an answer is empty, or holds a tag or special token: training would refuse it."""
-    try:
-        for _, encoder in models.values():
-            common.check_row(pair, "", encoder.forbidden)
-    except common.BadRow:
-        return False
-    return True
-
-
-def check_prompt(raw, folder):
-    """One row of --construct as it stands in its file -> the same, checked, with media paths that
-    start from `folder` and the list "responses". Raises BadRow."""
-    if isinstance(raw, common.BadRow):
-        raise raw
-    if not isinstance(raw, dict) or not isinstance(raw.get("reference"), str) or \
-            str(raw.get("task")).endswith("generation"):
-        raise common.BadRow("needs a 'reference' text and a task that is no generation")
-    responses = raw.get("responses") or []
-    if not isinstance(responses, list) or len(responses) == 1:
-        raise common.BadRow("has 'responses' that are no list of two or more")
-    for text in [*responses, raw["reference"]]:
-        row = common.check_row({**raw, "label": "A", "responses": [text, text]}, folder)
-    if len(row["media"]) != common.N_MEDIA[row["task"]]:
-        raise common.BadRow("has no media; the teacher reads no captions")
-    for path in row["media"]:  # now, not in the middle of the run
-        if row["task"].startswith("video"):
-            common.open_video(path, 1)
-        else:
-            common.open_image(path)
-    return {**row, "responses": responses}
-
-
-def construct(cfg, device):
-    """Every row of --construct -> pairs.jsonl. All checkpoints are in memory at once."""
-    rows, out = [], Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for where, raw in raw_rows(cfg.construct):
-        try:
-            rows.append(check_prompt(raw, Path(cfg.construct).resolve().parent))
-        except common.BadRow as e:
-            raise SystemExit(f"{where}: row {e}.") from None
-    models = {}
-    for folder in {cfg.teacher, *cfg.candidates}:
-        models[folder] = common.load(folder, device, frames=cfg.frames, max_tiles=cfg.max_tiles)
-
-    def work(chunk, at):
-        mine = range(common.rank(), len(chunk), common.world())
-        found = [(i, pairs_of(chunk[i], models, cfg)) for i in mine]
-        return [result for _, result in sorted(common.gather_list(found))]
-
-    made_by = {k: getattr(cfg, k) for k in ("teacher", "candidates", "samples", "low", "high",
-                                            "noise", "judge_tokens", "seed", "frames", "max_tiles")}
-    made_by["files"] = common.stamps(cfg.teacher, *cfg.candidates)
-    pairs, outcomes = [], Counter()
-    for made, done in common.resumed(out / "groups.jsonl", made_by, rows, work, chunk=16):
-        pairs += made
-        outcomes.update(done)
-    if common.rank() == 0:
-        common.write_lines(out / "pairs.jsonl", pairs)
-        print(f"{out}/pairs.jsonl: {len(pairs)} pairs of {len(rows)} rows: {listed(outcomes)}")
-
-
 def main():
     cfg = common.parse_config(Config, __doc__, PAPER)
     device = common.start_processes(cfg.batch_size)
-    if cfg.construct:
-        construct(cfg, device)
-    elif cfg.iterations:
-        iterate(cfg, device)
-    elif cfg.curate:
-        curate_file(cfg, device)
-    else:
-        train(cfg, device, cfg.out)
+    train(cfg, device, cfg.out)
     common.end_processes()
 
 

@@ -23,7 +23,7 @@ import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -822,6 +822,13 @@ class Encoder:
         """Answer ids -> text without the end-of-sequence token."""
         ids = ids[:-1] if ids and ids[-1] in self.eos_ids else ids
         return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    @cached_property
+    def kept_as(self):
+        """What the length of a prompt depends on, beside its row: data.py keeps lengths by it."""
+        depends = [sorted(self.tokenizer.get_vocab().items()), self.tokenizer.chat_template,
+                   str(self.image_processor), self.frames, self.max_tiles, self.style]
+        return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
 
     def check(self, row, form):
         """-> prompt length in tokens. Reads the media, so a broken file is found before training.

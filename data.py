@@ -36,6 +36,9 @@ from common import OTHER, BadRow, Row, check_row, coin, gather_list, rank, world
 # ==================================================================================================
 # 1. Sources
 
+LENGTHS = Path("media_cache", "lengths")  # what prompt_length() measured, one file for each rank
+
+
 def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_rows=False,
               exclude="", quiet=False) -> list[Row]:
     """Comma-separated sources -> list of checked preference rows, each with the length of its
@@ -93,10 +96,12 @@ def good_rows(source, shuffle, encoder, form, bad, skip_bad_rows, quiet):
         """-> place, the rows of this raw row, and what is wrong with it or None."""
         where, raw = chunk[place]
         try:
-            return place, list(checked(raw, where, Path(source).parent, encoder, form)), None
+            rows = list(checked(raw, where, Path(source).parent, encoder, form, lengths))
+            return place, rows, None
         except BadRow as e:
             return place, [], str(e)
 
+    lengths = kept_lengths()
     raws = iter(tqdm(raw_rows(source, shuffle), desc=f"reading {source}", unit=" rows",
                      disable=quiet, mininterval=1, leave=False))
     chunk = list(islice(raws, 32 * world()))
@@ -112,14 +117,45 @@ def good_rows(source, shuffle, encoder, form, bad, skip_bad_rows, quiet):
         chunk = list(islice(raws, 32 * world()))
 
 
-def checked(raw, where, folder, encoder, form):
+def prompt_length(row, encoder, form, lengths):
+    """-> tokens of the row's encoded prompt. Raises BadRow. To learn it is to decode the row's
+    media, hours for a hundred thousand videos, so a length is kept: a resumed run, and the next
+    stage, decode only what is new or was changed since."""
+    media = row["media"] if form == "pixels" else []
+    stamps = common.stamps(*media)  # of files; a folder of frames has none
+    if not media or len(stamps) < len(media) or encoder.kept_as is None:
+        return encoder.check(row, form)
+    told_by = [encoder.kept_as, row["task"], row["prompt"], row["responses"], stamps]
+    key = hashlib.sha256(json.dumps(told_by).encode()).hexdigest()
+    if key not in lengths:
+        lengths[key] = encoder.check(row, form)
+        LENGTHS.mkdir(parents=True, exist_ok=True)
+        common.append(LENGTHS / f"{rank()}.jsonl", [key, lengths[key]])
+    return lengths[key]
+
+
+def kept_lengths():
+    """-> {key of a row: tokens of its prompt} of former runs. A line that was cut is measured
+    again."""
+    lengths = {}
+    for file in LENGTHS.glob("*.jsonl"):
+        for line in file.read_bytes().splitlines():
+            try:
+                key, tokens = json.loads(line)
+            except ValueError:
+                continue
+            lengths[key] = tokens
+    return lengths
+
+
+def checked(raw, where, folder, encoder, form, lengths):
     """One row as it stands in a file -> its preference rows, each with the length of its encoded
     prompt under "tokens". Raises BadRow."""
     if isinstance(raw, BadRow):
         raise raw
     for row in convert(raw, where.rpartition(":")[2].strip("[]")):
         row = check_row(row, folder, encoder.forbidden)
-        row["tokens"] = encoder.check(row, form)
+        row["tokens"] = prompt_length(row, encoder, form, lengths)
         yield row
 
 
@@ -1059,7 +1095,7 @@ def read_benchmark(name, source, split=None, media=None, skip_bad_rows=False):
 
 def plain_rows(source, skip_bad_rows):
     """Preference rows as for training; their columns are the subsets, or the tasks."""
-    no_model_yet = SimpleNamespace(forbidden=(), check=lambda row, form: 0)
+    no_model_yet = SimpleNamespace(forbidden=(), kept_as=None, check=lambda row, form: 0)
     rows = load_rows(source, no_model_yet, skip_bad_rows=skip_bad_rows)
     for n, row in enumerate(rows):
         row.pop("i", None)  # a user's keys, not RM-Bench's styles

@@ -1089,6 +1089,7 @@ class Config:
     table: list[str] = knob([], "print a table of checkpoints by the five tasks' held-out rows in "
                             "--toy, and stop", metavar="CHECKPOINT")
     toy: str = knob("toy", "folder of heldout_<task>.jsonl for --table")
+    rows: int = knob(100, "--table: held-out rows per task, each in both orders; 0 = all of them")
     skip_bad_rows: bool = knob(False, "malformed preference rows are left out; rows that cannot be "
                                "shown (a broken image...) count as wrong. Both are printed")
 
@@ -1243,6 +1244,8 @@ def table(args):
                 cells.append("-")
                 continue
             judge.data = str(Path(args.toy, f"heldout_{task}.jsonl"))
+            if args.rows:
+                judge.data += f":{args.rows}"
             rows = read_benchmark("rows", judge.data, skip_bad_rows=args.skip_bad_rows)
             result, _ = score(rows, predictions_of(loaded, rows, judge))
             cells.append(f"{100 * result['overall']:.1f}")

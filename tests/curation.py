@@ -51,7 +51,7 @@ def main():
     for seed, model in models.items():
         others = [other for other in models.values() if other != model]
         folder = out / f"curated{seed}"
-        run("bt_reward.py", "--curate", out / "noisy.jsonl", "--out", folder, "--judges",
+        run("dt2it.py", "--curate", out / "noisy.jsonl", "--out", folder, "--judges",
             args.judge.format(seed=seed), "--models", model, *others)
         kept = lines(ROOT / folder / "curated.jsonl")
         right = sum(r["label"] == true[r["id"]] for r in kept) / len(kept)

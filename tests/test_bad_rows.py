@@ -263,7 +263,7 @@ def test_no_text_forges_markup(broken_media, encoder, tmp_path):
 def test_the_tokenizers_own_specials_are_markup(tmp_path, encoder):
     """Another backbone has other special tokens; they are found in its tokenizer.
     kills: the fixed list alone."""
-    other = SimpleNamespace(forbidden=("<|turn|>",), check=encoder.check)
+    other = SimpleNamespace(forbidden=("<|turn|>",), kept_as=None, check=encoder.check)
     path = write(tmp_path / "rows.jsonl", [text_row(prompt="a <|turn|> b")])
     assert load_rows(path, encoder)
     with pytest.raises(SystemExit, match="turn"):

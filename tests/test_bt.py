@@ -1,21 +1,17 @@
 """
-The Bradley-Terry reward model: scores, loss, reformulations, curation, whole runs. The prebuilt
-backbone is the model. "kills:" names wrong versions of the source under which a test was seen to
-fail.
+The Bradley-Terry reward model: scores, loss, reformulations, whole runs. The prebuilt backbone is
+the model. "kills:" names wrong versions of the source under which a test was seen to fail.
 """
 
-import functools
 import json
 import math
-import random
 from types import SimpleNamespace
 
 import pytest
 import toy_world
 import torch
 import wrong_versions
-from helpers import (
-    OTHER, flags, lines, rejects, run_here, small_world, torchrun, weights_of)
+from helpers import flags, lines, rejects, run_here, small_world, torchrun, weights_of
 from safetensors.torch import load_file
 
 import bt_reward as bt
@@ -195,21 +191,6 @@ def test_rows_with_a_cut_response_are_counted(tmp_path, reward_model, capsys):
     assert "cut" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change, complaint", [
-    ({"iterations": -1}, "iterations is 0"), ({"iterations": 2}, "two voters"),
-    ({"models": ["a"]}, "two voters"), ({"models": ["a", "a"]}, "two voters"),
-    ({"models": ["a", "b"]}, None), ({"iterations": 2, "models": ["a"]}, None)])
-def test_no_model_votes_on_itself_alone(change, complaint):
-    # kills: the loop's model as the only voter, who then agrees with its own flips; one model
-    # named twice; a negative number of iterations
-    cfg = bt.Config(curate="rows.jsonl", **change)
-    if complaint is None:
-        cfg.check()
-    else:
-        with pytest.raises(ValueError, match=complaint):
-            cfg.check()
-
-
 def test_length_balance():
     # kills: longer by position instead of by label, nothing dropped, equals dropped
     text = {1: ["long text", "x"], -1: ["x", "long text"], 0: ["same", "size"]}
@@ -222,137 +203,6 @@ def test_length_balance():
         bt.balanced([r for r in rows if r["id"] < 7], seed=0)
     assert sorted(sides[r["id"]] for r in kept if r["id"] < 12) == [-1] * 3 + [0] * 2 + [1] * 3
     assert len({r["id"] for r in kept}) == 9 and 12 in {r["id"] for r in kept}
-
-
-# ----------------------------------------------------------------------------------------- curation
-@pytest.mark.parametrize("strengths, want", [
-    ([3, -1, -5, -2, 0, -4], {2, 5}), ([-1, -3, -2], {1}), ([-1], set()), ([1, 2, 0], set())])
-def test_the_lower_half_of_the_negatives_is_flipped(strengths, want):
-    # kills: the upper half, half of all rows, rounding up
-    assert bt.to_flip(strengths) == want
-
-
-def fake_models(monkeypatch, scores, verdicts):
-    """scores {model: {id: (a, b)}} and verdicts {judge: {id: (pred in AB, pred in BA)}}."""
-    monkeypatch.setattr(bt, "load", lambda folder, *_, **__: (
-        SimpleNamespace(name=folder, settings=None), None))
-    judge = SimpleNamespace(check=lambda row, form: 9 if row["id"] == "long" else 5)
-    monkeypatch.setattr(common, "load", lambda folder, *_, **__: (folder, judge))
-    monkeypatch.setattr(bt, "report_cut", lambda *_: None)
-    monkeypatch.setattr(bt, "score_rows", lambda model, _, rows, *more, **kind: [
-        scores[model.name][r["id"]] for r in rows])
-    monkeypatch.setattr(common, "judge", lambda model, _, rows, *more, **kind: [
-        {"at": i, "pred": p} for i, r in enumerate(rows) for p in verdicts[model][r["id"]]])
-
-
-def test_curation_by_hand(tmp_path, monkeypatch):
-    # kills: a flip by one model's score, over all sources at once, step 2 by the given label,
-    # judges that see agreed rows or prompts over the limit, ties kept, None among the votes, the
-    # majority's other side
-    ids = ["flip", "weak", "fine", "other", "long", "worst", "none", "turn", "even", "also"]
-    rows = [{"id": i, "task": "text", "label": "A", "media": [], "rationale": "A",
-             "source": "two" if i in ("other", "long") else "one"} for i in ids]
-    margins = {"own": {"flip": -4, "weak": -1, "fine": 2, "other": -9, "worst": -1, "none": -1.5,
-                       "turn": -2, "even": -1, "also": -3, "long": -1},
-               "peer": {"flip": -6, "weak": -1.5, "fine": -1, "other": -9, "worst": -2, "none": -1,
-                        "turn": 1, "even": 0.3, "also": -3, "long": 2}}
-    scores = {m: {i: (d + 7, 7) for i, d in of.items()} for m, of in margins.items()}
-    verdicts = {"j1": {"weak": "AA", "other": "BB", "even": "AB", "none": [None, None],
-                       "turn": ["B", None]},
-                "j2": {"weak": "AB", "other": "AB", "even": "BA", "none": [None, None],
-                       "turn": ["B", "A"]}}
-    fake_models(monkeypatch, scores, verdicts)
-    cfg = SimpleNamespace(frames=8, max_tiles=12, eval_batch=4, judge_tokens=9,
-                          max_prompt_tokens=8)
-    kept = bt.curate(rows, ["own", "peer"], "own", ["j1", "j2"], cfg, "cpu", tmp_path)
-    # margins in source one: -5 -3 -1.5 | -1.25 -1.25 -.5 -.35: of seven negatives three are flipped
-    fate = {r["id"]: (r["label"], r["curation"]["flipped"], r["curation"]["fate"])
-            for r in kept + lines(tmp_path / "dropped.jsonl")}
-    assert fate == {"flip": ("B", True, "agreed"), "fine": ("A", False, "agreed"),
-                    "worst": ("B", True, "agreed"), "also": ("B", True, "agreed"),
-                    "weak": ("A", False, "re-annotated"), "even": ("A", False, "dropped: tie"),
-                    "other": ("B", False, "re-annotated"), "turn": ("B", False, "re-annotated"),
-                    "none": ("A", False, "dropped: no verdict"),
-                    "long": ("A", False, "dropped: no verdict")}
-    assert {r["id"]: r["rationale"] for r in kept} == {
-        i: "A" if i in ("weak", "fine") else None for i in ids if i not in ("none", "even", "long")}
-    assert [r["curation"]["votes"] for r in kept if r["id"] == "turn"] == [{"B": 2, "A": 1}]
-    summary = json.loads((tmp_path / "curation.json").read_text())
-    assert (summary["rows"], summary["flipped"], summary["kept"]) == (10, 3, 7)
-    # again: nothing is scored anew; other rows are refused
-    monkeypatch.setattr(bt, "score_rows", None)
-    monkeypatch.setattr(common, "judge", None)
-    assert bt.curate(rows, ["own", "peer"], "own", ["j1", "j2"], cfg, "cpu", tmp_path) == kept
-    with pytest.raises(SystemExit, match="other rows"):
-        bt.curate(rows[1:], ["own", "peer"], "own", [], cfg, "cpu", tmp_path)
-    cfg.frames = 4  # another look at the rows is another verdict; scores see what they always saw
-    with pytest.raises(SystemExit, match="by-j1.jsonl.*frames 8 -> 4"):
-        bt.curate(rows, ["own", "peer"], "own", ["j1"], cfg, "cpu", tmp_path)
-
-
-def test_what_a_judge_was_trained_to_say_is_what_it_is_asked(tmp_path):
-    # kills: an R1 judge shown MSRL's prompt, a reward model asked for a verdict
-    for name, stage in (("r1", {"stage": "stage1", "config": {"style": "r1"}}),
-                        ("rm", {"stage": "bt_reward", "config": {}}), ("old", {"config": {}})):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "stage.json").write_text(json.dumps(stage))
-    assert [bt.judge_style(tmp_path / x) for x in ("r1", "old", "hub")] == ["r1", "msrl", "msrl"]
-    with pytest.raises(SystemExit, match="states no verdict"):
-        bt.judge_style(tmp_path / "rm")
-
-
-def test_killed_scoring_goes_on_where_it_was(tmp_path):
-    # kills: done rows worked again, a torn line kept, a chunk that begins where another one would
-    rows = [{"id": str(i)} for i in range(10)]
-    worked, starts = [], []
-
-    def work(chunk, at):
-        starts.append(at)
-        worked.extend(row["id"] for row in chunk)
-        return [int(row["id"]) ** 2 for row in chunk]
-
-    def killed(chunk, at):
-        squares = work(chunk, at)
-        if "6" in worked:
-            raise KeyboardInterrupt
-        return squares
-
-    def square(work):
-        return common.resumed(tmp_path / "x.jsonl", {"model": "m"}, rows, work, chunk=3)
-
-    with pytest.raises(KeyboardInterrupt):
-        square(killed)
-    with open(tmp_path / "x.jsonl", "a") as f:
-        f.write("36\n[3")  # killed while it wrote the third chunk
-    worked.clear()
-    starts.clear()
-    assert square(work) == [i * i for i in range(10)]
-    assert worked == ["6", "7", "8", "9"] and starts == [6, 9]
-    assert square(killed) == [i * i for i in range(10)] and starts == [6, 9]
-
-
-def test_planted_noise_is_found(tmp_path, monkeypatch):
-    # kills: flips that change no label, judges' majority ignored
-    rng = random.Random(1)
-    true = {str(i): rng.choice("AB") for i in range(600)}
-    rows = [{"id": i, "task": "text", "media": [],
-             "label": OTHER[t] if rng.random() < 0.3 else t} for i, t in true.items()]
-
-    def noisy_scores():
-        return {i: (rng.gauss(1 if t == "A" else -1, 1.2), 0) for i, t in true.items()}
-    scores = {model: noisy_scores() for model in ("a", "b", "c")}
-    verdicts = {"j": {i: [t if rng.random() < 0.85 else OTHER[t] for _ in "12"]
-                      for i, t in true.items()}}
-    fake_models(monkeypatch, scores, verdicts)
-    cfg = SimpleNamespace(frames=8, max_tiles=12, eval_batch=4, judge_tokens=9,
-                          max_prompt_tokens=8)
-    kept = bt.curate(rows, list("abc"), "a", ["j"], cfg, "cpu", tmp_path)
-
-    def right(labelled):
-        return sum(row["label"] == true[row["id"]] for row in labelled) / len(labelled)
-    assert right(rows) < 0.75 and right(kept) > 0.9 and len(kept) > 500
-    turned = [r for r in kept if r["curation"]["flipped"] and r["curation"]["fate"] == "agreed"]
-    assert len(turned) > 50 and right(turned) > 0.9
 
 
 # ------------------------------------------------------------------------------- rewards for others
@@ -430,132 +280,6 @@ def test_a_judge_as_the_reward_of_a_group(monkeypatch):
     # reward. Of two others a wins against b and "<think>", b against "<think>"
     assert get("model", answers=("<think>", "a", "b")) == pytest.approx([0, 1, 0.5])
     assert get("hybrid", answers=("", "b")) == [0, 1] and get("model", answers=("b",)) == [0]
-
-
-# ---------------------------------------------------------------------------- debiased construction
-def scored(*scores, weights=(0.5, 0.1, 0.1, 0.1, 0.1, 0.1)):
-    return "So: " + json.dumps([{"weights": weights, "scores": s} for s in scores]) + " ."
-
-
-@pytest.mark.parametrize("text, n, want", [
-    (scored([10, 0, 5, 5, 10, 10], [2, 2, 2, 2, 2, 2]), 2, [8.0, 2.0]),
-    (scored([10, 0, 5, 5, 10, 10]), 2, None), (scored([10, 0, 5, 5, 10, 11]), 1, None),
-    (scored([10, 0, 5, 5, 10]), 1, None), (scored([1.5] * 6), 1, None), ("no scores", 1, None),
-    (scored([4, 4, 4, 4, 4, 4]).replace("[{", "[ \n {").replace("}]", "} \n]"), 1, [4.0]),
-    (scored([1] * 6, weights=[0.2] * 6), 1, None), ('[{"weights": 3}]', 1, None)])
-def test_overall_score_by_hand(text, n, want):
-    # kills: unweighted mean, weights that do not sum to 1 taken, fractions taken
-    assert bt.overall(text, n) == (want and pytest.approx(want))
-
-
-def test_pairs_on_which_both_ways_of_scoring_agree():
-    # kills: one of the two, ties taken, the order exchanged
-    assert bt.agreed([3, 2, 2, 1], [5, 6, 4, 1]) == [(0, 2), (0, 3), (1, 3), (2, 3)]
-
-
-CUT = "cut"  # an answer without its end
-
-
-def construct_by_hand(monkeypatch, reward_model, row, quality, written):
-    """bt.pairs_of() with a teacher that scores by `quality`, and a candidate whose first answers
-    are `written`, and then "bad" from a noised image and "good" otherwise. -> pairs, outcomes, and
-    for each replacement (image noised?, reference shown?)"""
-    model, encoder = reward_model
-    clean = encoder.encode("<image>", row["media"]).pixels
-    quality = {**quality, "good": 7, "bad": 1}
-    asked = []
-
-    def place_of(asks, response):
-        return asks.index(f":\n{response}")
-
-    def sample(model, encoder, prompts, n, *_):
-        texts = []
-        for p in prompts:
-            asks = encoder.decode(p.ids)
-            shown = [q for q in quality if f":\n{q}" in asks]
-            noised = not torch.equal(p.pixels, clean)
-            if "Human-Generated" in asks:
-                assert not noised and "it is red ." in asks and CUT not in shown
-                order = sorted(shown, key=functools.partial(place_of, asks))
-                texts.append("hm" if None in [quality[q] for q in order] else
-                             scored(*[[quality[q]] * 6 for q in order]))
-            elif written:
-                assert n == len(written) and not noised and "it is red ." not in asks
-                texts += written
-                written.clear()
-            else:
-                asked.append((noised, "it is red ." in asks))
-                texts += ["bad" if noised else "good"] * n
-        return SimpleNamespace(ids=[[(text, -1 if text == CUT else encoder.eos_id)]
-                                    for text in texts])
-
-    monkeypatch.setattr(bt, "sample_group", sample)
-    monkeypatch.setattr(encoder, "decode", lambda ids: ids[0] if isinstance(ids, tuple) else
-                        encoder.tokenizer.decode(ids))
-    cfg = SimpleNamespace(seed=0, candidates=["c"], teacher="t", samples=len(written),
-                          judge_tokens=9, low=5, high=8, noise=1.0)
-    pairs, outcomes = bt.pairs_of(row, {"c": reward_model, "t": reward_model}, cfg)
-    for pair in pairs:
-        better, worse = pair["responses"][:: 1 if pair["label"] == "A" else -1]
-        assert quality[better] > quality[worse] and pair["media"] == row["media"]
-        common.check_row(pair, ".")
-    return pairs, dict(outcomes), asked
-
-
-@pytest.fixture()
-def prompt_row(world, reward_model):
-    rows = rows_of(world, "mm_rl", reward_model[1])
-    row = [r for r in rows if r["task"] == "image_understanding"][0]
-    return {**row, "reference": "it is red .", "responses": []}
-
-
-@pytest.mark.parametrize("quality, done, n", [
-    ({"one": 9, "two": 3, "three": 6}, "as they were", 3), ({"one": 2, "two": 1}, "all low", 1),
-    ({"one": 9, "two": 8}, "all high", 1), ({"one": 9, "two": None}, "malformed scores", 0)])
-def test_construction_with_a_teacher_by_hand(monkeypatch, reward_model, prompt_row, quality, done,
-                                             n):
-    # kills: new answers not scored, noise for everybody, better and worse exchanged, the reference
-    # given to the noised
-    pairs, outcomes, asked = construct_by_hand(monkeypatch, reward_model, prompt_row, quality,
-                                               list(quality))
-    assert (outcomes, len(pairs)) == ({done: 1}, n)
-    assert asked == {"all low": [(False, True)], "all high": [(True, False)]}.get(done, [])
-
-
-@pytest.mark.parametrize("quality", [{"one": 2, "two": 1}, {"one": 10, "two": 9}])
-def test_responses_that_came_with_a_row_stay_as_they_are(monkeypatch, reward_model, prompt_row,
-                                                         quality):
-    # kills: an answer of a candidate among those of an unknown writer: its style tells the label
-    row = {**prompt_row, "responses": list(quality)}
-    pairs, outcomes, asked = construct_by_hand(monkeypatch, reward_model, row, quality, [])
-    assert asked == [] and outcomes == {"as they were": 1}
-    assert [sorted(pair["responses"]) for pair in pairs] == [["one", "two"]]
-
-
-@pytest.mark.parametrize("written, want, n", [
-    (["one", CUT, "two", CUT], {"cut answers dropped": 2, "as they were": 1}, 1),
-    (["one", CUT], {"cut answers dropped": 1, "too few whole answers": 1}, 0)])
-def test_cut_answers_are_in_no_pair(monkeypatch, reward_model, prompt_row, written, want, n):
-    # kills: an answer cut at --judge_tokens as the worse of a pair, dropped without a count, one
-    # answer sent to the teacher
-    quality = {"one": 9, "two": 3, CUT: 1}
-    pairs, outcomes, asked = construct_by_hand(monkeypatch, reward_model, prompt_row, quality,
-                                               written)
-    assert (outcomes, len(pairs), asked) == (want, n, [])
-
-
-def test_a_cut_replacement_replaces_nothing(monkeypatch, reward_model, prompt_row):
-    # kills: None among the responses, an old answer lost for a new one that is not there
-    real = bt.ask
-
-    def cut_when_noised(*args, noise=0.0, **more):
-        answers = real(*args, noise=noise, **more)
-        return [None] * len(answers) if noise else answers
-    monkeypatch.setattr(bt, "ask", cut_when_noised)
-    pairs, outcomes, _ = construct_by_hand(monkeypatch, reward_model, prompt_row,
-                                           {"one": 10, "two": 9}, ["one", "two"])
-    assert outcomes == {"cut answers dropped": 1, "all high": 1}
-    assert [sorted(pair["responses"]) for pair in pairs] == [["one", "two"]]
 
 
 # --------------------------------------------------------------------------------------- whole runs
@@ -731,52 +455,3 @@ def test_rows_it_cannot_read_are_named_or_counted(world, reward_model, monkeypat
     args.max_prompt_tokens = 1
     with pytest.raises(SystemExit, match="no row"):
         ev.fit_to_judge(rows[:1], [reward_model], args)
-
-
-def test_iterations_train_and_curate_in_turns(world, tmp_path, monkeypatch):
-    # DT2IT 3.3's five steps, twice. kills: the old model re-annotating, all open rows in the first
-    # iteration, the curated rows without those before, the voters used in step 4
-    calls = []
-
-    def train(cfg, device, out, rows):
-        out.mkdir(parents=True)
-        (out / "stage.json").write_text("{}")
-        calls.append((out.name, len(rows)))
-
-    def curate(rows, voters, own, judges, cfg, device, out):
-        calls.append((out.name, len(rows), [getattr(v, "name", v) for v in voters], own.name))
-        return rows[:-1]  # each curation drops a row
-    monkeypatch.setattr(bt, "train", train)
-    monkeypatch.setattr(bt, "curate", curate)
-    cfg = bt.Config(model=str(toy_world.PREBUILT), data=str(world / "text_rl.jsonl:7"), heldout="",
-                    curate=str(world / "text_rl.jsonl"), iterations=2, models=["other"],
-                    out=str(tmp_path))
-    bt.iterate(cfg, "cpu")
-    assert calls == [("0-model", 7),
-                     ("1-new", 6, ["0-model", "other"], "0-model"), ("1-first", 12),
-                     ("1-all", 12, [], "1-first"), ("1-model", 11),
-                     ("2-new", 6, ["1-model", "other"], "1-model"), ("2-first", 16),
-                     ("2-all", 16, [], "2-first"), ("2-model", 15)]
-    trained = [c for c in calls if len(c) == 2]
-    cfg.iterations = 99
-    with pytest.raises(SystemExit, match="too few"):
-        bt.iterate(cfg, "cpu")
-    cfg.iterations = 2
-    bt.iterate(cfg, "cpu")  # what is trained already is not trained again
-    assert [c for c in calls if len(c) == 2] == trained
-
-
-def test_construction_runs_with_checkpoints(world, tmp_path):
-    # The toy model cannot score, so every row ends as malformed: what is written says so.
-    common.write_lines(tmp_path / "prompts.jsonl", [
-        {"id": "q1", "task": "text", "prompt": "thing of ann ?", "media": [],
-         "reference": "a disc"},
-        {"id": "q2", "task": "image_understanding", "prompt": "thing of left ?",
-         "media": [str(world / lines(world / "mm_rl.jsonl")[0]["media"][0])],
-         "reference": "a disc", "responses": ["a ring", "a disc"]}])
-    run_here(bt.main, ["--construct", tmp_path / "prompts.jsonl", "--teacher", toy_world.PREBUILT,
-                       "--candidates", toy_world.PREBUILT, "--samples", 2, "--judge_tokens", 60,
-                       "--out", tmp_path / "out"])
-    assert lines(tmp_path / "out" / "pairs.jsonl") == []
-    groups = lines(tmp_path / "out" / "groups.jsonl")[1:]
-    assert [x[1] for x in groups] == [{"malformed scores": 1}] * 2

@@ -1467,7 +1467,7 @@ def test_ties_are_scored_but_not_judged(monkeypatch, scores, want):
     rows = [{"id": x, "row": k, "task": "text", "prompt": "p", "responses": ["x", "y"], "media": [],
              "label": x} for k, x in enumerate(("A", "same", None, "B"))]
     args = SimpleNamespace(model=["m"], form="pixels", max_prompt_tokens=9, skip_bad_rows=False)
-    encoder = SimpleNamespace(forbidden=(), check=lambda row, form: 5)
+    encoder = SimpleNamespace(forbidden=(), kept_as=None, check=lambda row, form: 5)
     monkeypatch.setattr(ev.bt_reward, "measure", lambda row, encoder, settings: 5)
     loaded = [(SimpleNamespace(settings={}), encoder)]
     assert [r["label"] for r in ev.fit_to_judge(rows, loaded, args)] == want

@@ -27,7 +27,9 @@ from helpers import (
     ENV, PROGRAMS, RM_BENCH, ROOT, flags, lines, run_here, run_there, same_weights, small_world,
     text_only_model, torchrun, weights_of)
 
+import bt_reward
 import common
+import dt2it
 from data import load_rows
 import stage0_sft
 import stage1_text_grpo as stage1
@@ -389,9 +391,12 @@ def test_the_comparison_of_copies_sees_a_byte():
 
 
 # ------------------------------------------------------------------------------------- command line
+TRAINERS = (stage0_sft, stage1, stage2, cmkd, stage3, bt_reward, dt2it)
+
+
 @pytest.mark.parametrize("wrong", [["--lrr", "1"], ["--max_step", "3"], ["--lr=1", "stray"],
                                    ["--no_such_flag"], ["--preset", "big"], ["--lr", "fast"]])
-@pytest.mark.parametrize("script", [stage0_sft, stage1, stage2, cmkd, stage3])
+@pytest.mark.parametrize("script", TRAINERS)
 def test_unknown_flags_are_errors(monkeypatch, capsys, script, wrong):
     # A flag that is mistyped and ignored wastes a night of training. kills: remaining strings
     # dropped, allow_abbrev (--max_step for --max_steps)
@@ -405,7 +410,8 @@ def test_unknown_flags_are_errors(monkeypatch, capsys, script, wrong):
 
 @pytest.mark.parametrize("script, flag, choice", [
     (stage1, "advantage", "batch"), (stage1, "normaliser", "token"), (stage1, "reward", "script"),
-    (stage0_sft, "target", "label"), (stage0_sft, "form", "caption")])
+    (stage0_sft, "target", "label"), (stage0_sft, "form", "caption"), (bt_reward, "t2i", "swap"),
+    (bt_reward, "head_activation", "tanh")])
 def test_mistyped_choices_are_errors(monkeypatch, capsys, script, flag, choice):
     # "--advantage Group" must not quietly train with batch advantages
     monkeypatch.setattr(sys, "argv", ["stage.py", f"--{flag}", choice])
@@ -418,7 +424,8 @@ def test_mistyped_choices_are_errors(monkeypatch, capsys, script, flag, choice):
 
 @pytest.mark.parametrize("script, flag", [
     (stage0_sft, "epochs"), (stage2, "eval_rows"), (cmkd, "samples"), (cmkd, "frames"),
-    (stage3, "frames"), (stage3, "max_tiles")])
+    (stage3, "frames"), (stage3, "max_tiles"), (bt_reward, "eval_batch"), (dt2it, "samples"),
+    (dt2it, "frames")])
 def test_nothing_of_it_is_an_error(monkeypatch, capsys, script, flag):
     # kills: videos of no frames, which a model judges without seeing anything
     monkeypatch.setattr(sys, "argv", ["stage.py", f"--{flag}", "0"])
@@ -440,7 +447,7 @@ def test_stage_0_keeps_the_order_of_rationales_that_cannot_be_swapped(world, tmp
     assert asked and (asked[0](bare), asked[0](named)) == (target == "label", True)
 
 
-@pytest.mark.parametrize("script", [stage0_sft, stage1, stage2, cmkd, stage3])
+@pytest.mark.parametrize("script", TRAINERS)
 def test_help_shows_defaults_and_the_papers_values(monkeypatch, capsys, script):
     # kills: a formatter without defaults, a bare % in a help text, a knob without a reason
     monkeypatch.setattr(sys, "argv", ["stage.py", "--help"])

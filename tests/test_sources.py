@@ -6,10 +6,12 @@ left out on purpose. "kills:" names plausible wrong versions of the source that 
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import av
 import datasets
 import pytest
+import toy_world
 from helpers import PROGRAMS, better, picture, rows_of, text_row, torchrun, write, write_video
 
 import common
@@ -157,6 +159,41 @@ def test_variable_frame_rate_and_short_videos(here):
     assert all(abs(a - b) <= 6 for a, b in zip(levels, (0, 20, 40, 60), strict=True))
     assert len(common.open_video(write_video(here / "one.mp4", 1), 8)) == 1
     assert len(common.open_video(write_video(here / "three.mp4", 3), 8)) == 3
+
+
+def test_media_are_decoded_once_and_again_when_they_change(loaded, here, monkeypatch):
+    """A resumed run on 100k videos must not decode them all before its first step. kills: no
+    length kept; lengths kept by path alone, or without the settings that decide them; a bad row
+    forgotten; a cut line that ends the list, or is read as a length."""
+    folder, opened = toy_world.PREBUILT, []
+    open_image = common.open_image
+
+    def watched(path):
+        opened.append(Path(path).name)
+        return open_image(path)
+    monkeypatch.setattr(common, "open_image", watched)
+
+    def read(max_tiles=1):
+        opened.clear()
+        encoder = common.load(folder, max_tiles=max_tiles)[1]
+        rows = load_rows("rows.jsonl", encoder, skip_bad_rows=True)
+        return [row["tokens"] for row in rows]
+    names = ["0.png", "1.png", "2.png"]
+    picture("red").save(here / "0.png")
+    picture("red").save(here / "1.png")
+    (here / "2.png").write_bytes(b"no image")
+    rows = [{"id": str(i), "task": "image_understanding", "prompt": "what ?", "media": [name],
+             "responses": ["a", "b"], "label": "A"} for i, name in enumerate(names)]
+    write(here / "rows.jsonl", rows)
+    first = read()
+    assert len(first) == 2 and opened == ["0.png", "1.png", "2.png"]
+    assert read() == first and opened == ["2.png"]  # the bad row is bad each time
+    picture("blue", (64, 32)).save(here / "1.png")  # another picture of the same name
+    assert read() == first and opened == ["1.png", "2.png"]
+    assert read(max_tiles=4) != first and opened == ["0.png", "1.png", "2.png"]
+    kept, = Path("media_cache/lengths").iterdir()
+    kept.write_bytes(kept.read_bytes().replace(b"]\n", b"\n", 1))
+    assert read() == first and opened == ["0.png", "2.png"]
 
 
 def test_each_process_reads_its_share_of_the_media(tmp_path):

@@ -20,7 +20,7 @@ def check(row, form):
     return len(row["prompt"])
 
 
-reader = SimpleNamespace(forbidden=(), check=check)
+reader = SimpleNamespace(forbidden=(), check=check, kept_as=None)
 whole = [row["id"] for row in load_rows(path, reader, skip_bad_rows=True)]
 result = {"whole": whole, "checked": seen.copy()}
 sample = load_rows(f"{path}:90", reader, skip_bad_rows=True)
