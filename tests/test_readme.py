@@ -153,6 +153,11 @@ def test_the_first_command_ends_with_the_page():
     assert second.rstrip().endswith("python -m pytest -q tests")
 
 
+def test_the_torch_of_the_text_is_the_required_one():
+    version, = re.findall(r"pip install (torch==[\d.]+)", README)
+    assert re.match(re.escape(version) + r"\s", (ROOT / "requirements.txt").read_text("utf-8"))
+
+
 # ------------------------------------------------------------------------------- what was measured
 def test_readmes_table_is_in_the_results():
     rows = [line for line in section(README, "What you should see").splitlines()
