@@ -23,9 +23,6 @@ The rules, the same for every benchmark:
               and unequal weights, make it smaller than n.
 """
 
-import base64
-import html
-import io
 import json
 import math
 import os
@@ -44,6 +41,7 @@ from tqdm import tqdm
 
 import bt_reward
 import common
+import report
 from common import BadRow, knob, majority
 from data import BENCHMARKS, GROUPINGS, file_rows, find_medium, grouped, load_rows, read_benchmark
 from stage1_text_grpo import sample_group
@@ -566,7 +564,7 @@ def show(title, result):
 
 
 # ==================================================================================================
-# 4. Judging with a model: one that writes a verdict, or Bradley-Terry reward models.
+# 3. Judging with a model: one that writes a verdict, or Bradley-Terry reward models.
 
 def place_of(row):
     """What of a prediction tells its row in the data file"""
@@ -729,7 +727,7 @@ def predictions_of(loaded, rows, args, out=None):
 
 
 # ==================================================================================================
-# 5. Ranking: a reward in [0, 1] for each of n candidates.
+# 4. Ranking: a reward in [0, 1] for each of n candidates.
 
 def read_candidates(path):
     """-> [{"id", "task", "prompt", "media", "candidates", "row"}]. The candidates of a *_generation
@@ -926,143 +924,7 @@ def rank_candidates(args):
 
 
 # ==================================================================================================
-# 6. A page to look at. Everything that comes from data goes through esc(), there is no script, and
-# the page forbids itself any: text from data can never run, and nothing is fetched.
-
-HEAD = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>
-body {{ font: 15px/1.45 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em }}
-table {{ border-collapse: collapse }} td, th {{ border: 1px solid #ccc; padding: .2em .6em }}
-pre {{ white-space: pre-wrap; background: #f5f5f5; padding: .5em; margin: .3em 0 }}
-.two {{ display: flex; gap: 1em }} .two > div {{ flex: 1; min-width: 0 }} img {{ max-width: 100% }}
-.flip {{ background: #ffe9b8 }} .wrong {{ background: #ffd5d0 }} .right {{ background: #ddf3dd }}
-</style></head><body><h1>{title}</h1>
-"""
-INKS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
-CURVES = ("reward", "rewards/accuracy/mean", "loss", "kl", "entropy", "share_a",
-          "completions/mean_length", "grad_norm")
-
-
-def esc(value):
-    """-> its text, safe inside HTML and inside a quoted attribute"""
-    return html.escape(str(value), quote=True)
-
-
-def line_chart(title, lines, width=320, height=180):
-    """{name: [(x, y)]} -> an SVG picture, "" without a finite point; width and height in pixels"""
-    finite = {}
-    for name, line in lines.items():
-        finite[name] = [(x, y) for x, y in line if isinstance(y, (int, float)) and math.isfinite(y)]
-    if not any(finite.values()):
-        return ""
-    xs, ys = zip(*sum(finite.values(), []), strict=True)
-    left, bottom, right, top = min(xs), min(ys), max(xs), max(ys)
-    x_scale = (width - 55) / (right - left or 1)
-    y_scale = (height - 40) / (top - bottom or 1)
-
-    def label(x, y, text, ink="#000"):
-        return f'<text x="{x}" y="{y}" font-size="11" fill="{ink}">{esc(text)}</text>'
-
-    svg = label(45, 12, title) + label(2, 24, f"{top:.3g}") + label(2, height - 16, f"{bottom:.3g}")
-    svg += label(45, height - 4, f"{left:g} to {right:g}")
-    for n, (name, line) in enumerate(finite.items()):
-        ink, path = INKS[n % len(INKS)], ""
-        for x, y in line:
-            path += f"{45 + x_scale * (x - left):.1f},{height - 20 - y_scale * (y - bottom):.1f} "
-        svg += f'<polyline points="{path}" fill="none" stroke="{ink}"/>'
-        svg += label(60, 26 + 12 * n, name, ink)
-    return f'<svg width="{width}" height="{height}">{svg}</svg>'
-
-
-def learning_curves(folders):
-    """One picture for each figure of metrics.jsonl, with one line for each run."""
-    pictures = ""
-    for figure in CURVES:
-        lines = {}
-        for folder in folders:
-            steps = common.whole_lines(Path(folder, "metrics.jsonl"))
-            lines[folder] = [(step["step"], step[figure]) for step in steps if figure in step]
-        pictures += line_chart(figure, lines)
-    return pictures
-
-
-def picture(path, video):
-    """An image, or four frames of a video, as small JPEGs inside the page."""
-    try:
-        images = common.open_video(path, 4) if video else [common.open_image(path)]
-    except BadRow as e:
-        return f"<p>[{esc(e)}]</p>"
-    tags = ""
-    for image in images:
-        image.thumbnail((360, 360))
-        jpeg = io.BytesIO()
-        image.convert("RGB").save(jpeg, "JPEG", quality=80)
-        data = base64.b64encode(jpeg.getvalue()).decode()
-        tags += f'<img alt="" src="data:image/jpeg;base64,{data}">'
-    return tags
-
-
-def folded_row(row):
-    """A scored row: what was asked, both candidates, every answer and its verdict."""
-    preds = sum(row["orders"].values(), [])
-    kind = "right" if row["points"] == 1 else "wrong"
-    if row["flip"]:
-        kind = "flip"
-    says = " ".join([str(pred["pred"]) for pred in preds]) or "nothing"
-    media = [picture(path, row["task"].startswith("video")) for path in row["media"]]
-    candidates = [f"<pre>{esc(response)}</pre>" for response in row["responses"] or ()]
-    if not candidates:  # the media are the candidates
-        candidates, media = media or ["", ""], []
-    page = (f'<details class="{kind}"><summary>{kind}: {esc(row["id"])}, {esc(place_of(row))}, '
-            f'label {esc(row["label"])}, says {esc(says)}: {row["points"]:.2f} points</summary>'
-            f'<pre>{esc(row["prompt"])}</pre>{"".join(media)}<div class="two">')
-    for side, candidate in zip("AB", candidates, strict=False):  # one may be missing
-        page += f"<div><b>{side}</b>{candidate}</div>"
-    page += "</div>"
-    for pred in preds:
-        page += (f"<p>order {esc(pred['order'])}, sample {esc(pred['sample'])}: "
-                 f"<b>{esc(pred['pred'])}</b></p><pre>{esc(pred.get('text') or '')}</pre>")
-    return page + "</details>\n"
-
-
-def result_section(name, result):
-    """The columns as a table, the other figures, and the curves of the votes."""
-    heads = accuracies = sizes = figures = ""
-    for column_name, accuracy, n in columns_of(result):
-        heads += f"<th>{esc(column_name)}</th>"
-        accuracies += f"<td>{accuracy}</td>"
-        sizes += f"<td>{n}</td>"
-    for key in ("interval", "order_flips", "share_a", "unparsable", "missing", "soft"):
-        if key in result:
-            figures += f"{', ' if figures else ''}{key.replace('_', ' ')} {esc(result[key])}"
-    curves = {}
-    for curve in ("vote", "any"):
-        curves[f"{curve}@k"] = [(int(k), share) for k, share in result.get(curve, {}).items()]
-    return (f"<h2>{esc(name)}</h2><table><tr>{heads}<tr>{accuracies}<tr>{sizes}</table>"
-            f"<p>{figures}</p>{line_chart('accuracy against the number of votes', curves)}")
-
-
-def write_report(args, results, scored):
-    """Write the page: tables and curves, then scored rows, flips first, then what was wrong."""
-    page = HEAD.format(title=esc(f"{args.benchmark}: {args.data}"))
-    for name, result in results.items():
-        page += result_section(name, result)
-    if args.runs:
-        page += "<h2>Learning curves</h2>" + learning_curves(args.runs)
-    labelled = [row for row in scored if row["label"]]
-    labelled.sort(key=lambda row: (not row["flip"], row["points"]))
-    shown = labelled[:args.report_rows]
-    page += f"<h2>Rows: flips and failures first, {len(shown)} of {len(labelled)}</h2>\n"
-    for row in shown:
-        page += folded_row(row)
-    Path(args.report).write_text(page + "</body></html>\n", "utf-8", errors="replace")
-
-
-# ==================================================================================================
-# 7. Command line
+# 5. Command line
 
 @dataclass
 class Config:
@@ -1134,10 +996,10 @@ class Config:
     grouping: Literal["official", "all"] = knob(
         "official", "VL-RewardBench: 'all' also prints the two wrong groupings of public code, "
         "under which papers report")
-    report: str | None = knob(None, "write one self-contained page: table, curves, and rows with "
-                              "pictures and answers, flips and failures first", metavar="PAGE.html")
+    report: str | None = knob(None, "write one self-contained page: tables, and rows with pictures "
+                              "and answers, flips and failures first", metavar="PAGE.html")
     report_rows: int = knob(200, "rows on that page")
-    runs: list[str] = knob([], "run folders whose learning curves go on that page")
+    runs: list[str] = knob([], "run folders whose groups and learning curves go on that page")
 
     def check(self):
         with_data = self.data and (self.model or self.score)
@@ -1207,7 +1069,12 @@ def finish(args, rows, files):
               f"questions that the first judges better {result['first_better']}, the second "
               f"{result['second_better']}; sign test over questions p {result['sign_test_p']:.3g}")
     if args.report:
-        write_report(args, results, judges[0])
+        sections = [report.groups_section(args.runs)]
+        for name, figures in results.items():
+            sections.append(report.result_section(name, figures, columns_of(figures)))
+        sections.append(report.curves_section(args.runs))
+        sections.append(report.rows_section(judges[0], args.report_rows))
+        report.write_page(args.report, f"{args.benchmark}: {args.data}", sections)
     if args.json:
         print(json.dumps({**result, "model": ", ".join(files), "benchmark": args.benchmark,
                           "data": args.data, "votes": args.votes, "form": args.form,

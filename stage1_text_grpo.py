@@ -395,11 +395,15 @@ def main():
         if common.rank() == 0:
             common.append(Path(cfg.out, "metrics.jsonl"), {"step": done, **metrics})
             if cfg.log_rollouts_every and step % cfg.log_rollouts_every == 0:
+                b = (advantage != 0).any(1).int().argmax().item()  # first with a signal, else 0
                 common.append(Path(cfg.out, "rollouts.jsonl"), {
-                    "step": done, "id": batch[0]["id"], "label": batch[0]["label"],
-                    "prompt": common.render(batch[0], FORM, cfg.style), "answers": texts[0],
-                    "rewards": {name: values[0].tolist() for name, values in scores.items()},
-                    "advantages": advantage[0].tolist(), "kept": keep[0].tolist()})
+                    "step": done, "id": batch[b]["id"], "label": batch[b]["label"],
+                    "media": batch[b]["media"], "answers": texts[b],
+                    "prompt": common.render(batch[b], FORM, cfg.style),
+                    "rewards": {name: values[b].tolist() for name, values in scores.items()},
+                    "reward": rewards[b].tolist(), "advantages": advantage[b].tolist(),
+                    "kept": keep[b].tolist(), **logged_tokens(
+                        model, encoder, prompts[b], rollout.ids[b], rollout.logp[b], cfg)})
             if done % cfg.save_every == 0 or done == cfg.max_steps:
                 common.save_state(cfg.out, model, optimizer, done, cfg, **saved)
         bar.set_postfix(reward=f"{metrics['reward']:.3g}", kl=f"{metrics.get('kl', 0):.3g}",
@@ -561,6 +565,25 @@ def token_values(values, owner):
     flat = [value for group in values for answer in group for value in answer]
     places = torch.zeros(owner.shape, device=owner.device)
     return places.masked_scatter(owner > 0, torch.tensor(flat, device=owner.device))
+
+
+@torch.no_grad()
+def logged_tokens(model, encoder, prompt, answers, sampled, cfg):
+    """For rollouts.jsonl: one prompt's answers [G] and the log-probs their tokens were sampled with
+    -> {"tokens": the text each token adds, "logp_sampled", "logp_after": the step}, [G] lists."""
+    model.eval()  # as in sampling
+    logp, _, owner = packed_logps(model, encoder, [prompt], [answers], cfg.temperature)  # [1, S]
+    log = {"tokens": [], "logp_sampled": [], "logp_after": []}
+    for g, ids in enumerate(answers, 1):
+        tokens, before = [], ""
+        for n in range(1, len(ids) + 1):  # not one by one: a character may be several tokens
+            text = encoder.tokenizer.decode(ids[:n], skip_special_tokens=False).rstrip("\ufffd")
+            tokens.append(text[len(before):])
+            before = text
+        log["tokens"].append(tokens)
+        log["logp_sampled"].append([round(value, 5) for value in sampled[g - 1]])
+        log["logp_after"].append([round(value, 5) for value in logp[owner == g].tolist()])
+    return log
 
 
 def describe(rollout, texts, scores, every_reward, keep, encoder):
