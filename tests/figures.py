@@ -3,12 +3,12 @@ The README's figure and its group of four answers, from small files of reference
 
     python tests/figures.py                       draw tests/figures/curves.svg
     python tests/figures.py --from runs/seed0     take the curves of these runs first
-    python tests/figures.py --group runs/groups   take a group of this run; print README's text
+    python tests/figures.py --group runs/groups --step 11    take a group; print README's text
 
 tests/reference_runs/ holds what is drawn and no more: <stage>/metrics.jsonl with the step, the mean
-reward, the accuracy on held-out texts where the run looked (all in per cent), and in the last line
-"pixels", the accuracy by task after the stage. made_by.json says whose curves they are, group.json
-is one line of a rollouts.jsonl.
+reward, the accuracy on held-out texts where the run looked, and in the last line "pixels", the
+accuracy by task after the stage, both in per cent. made_by.json says whose curves they are;
+group.json is one line of a rollouts.jsonl.
 """
 
 import argparse
@@ -110,13 +110,13 @@ def draw(reference=REFERENCE):
 
 
 # ---------------------------------------------------------------------------------------- the group
-def first_uneven(groups):
-    """The first group of four whose rewards differ, without what README does not show"""
+def group_of(groups, step):
+    """The group of a step, without what README does not show"""
     for group in groups:
-        if len(group["answers"]) == 4 and any(group["advantages"]):
+        if group["step"] == step:
             names = ("step", "id", "label", "prompt", "answers", "rewards", "advantages")
             return {name: group[name] for name in names}
-    raise SystemExit("no group of four answers with different rewards; go on, or take --seed 1")
+    raise SystemExit(f"no group of step {step} was logged")
 
 
 def group_text(group):
@@ -146,11 +146,12 @@ def main():
                         help="run folders of the stages: runs/, or runs/seed0/ of curriculum.py")
     parser.add_argument("--group", type=Path, metavar="RUN",
                         help="run folder of a stage 1 with --group_size 4")
+    parser.add_argument("--step", type=int, default=1, help="of that group")
     args = parser.parse_args()
     if args.runs:
         take(args.runs.resolve())
     if args.group:
-        group = first_uneven(lines(args.group / "rollouts.jsonl"))
+        group = group_of(lines(args.group / "rollouts.jsonl"), args.step)
         (REFERENCE / "group.json").write_text(json.dumps(group, indent=1) + "\n")
         print(group_text(group))
     FIGURE.parent.mkdir(exist_ok=True)
