@@ -8,9 +8,7 @@ import base64
 import io
 import json
 import math
-import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -378,11 +376,13 @@ def test_a_killed_run_asks_for_nothing_twice(serve, tmp_path):
                                cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     kept = tmp_path / "o.progress.answers.jsonl"
     deadline = time.time() + 200
-    while len(common.whole_lines(kept)) < 7 or len(server.requests) < 8:
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        while len(common.whole_lines(kept)) < 7 or len(server.requests) < 8:
+            assert time.time() < deadline and process.poll() is None
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
     assert len(lines(tmp_path / "o.progress.jsonl")) == 1  # not one whole chunk
     kept.write_bytes(kept.read_bytes()[:-30])  # the last answer was being written
     held.set()
@@ -520,14 +520,14 @@ class Plain:
 def stage0(tmp_path_factory):
     """Checkpoints of stage 0 from the toy backbone and from a text model, and rows of each task.
     -> folder"""
-    folder = small_world(tmp_path_factory.mktemp("api"), sft=4, text_rl=4, heldout=2)
+    folder = small_world(tmp_path_factory.mktemp("api"), sft=16, text_rl=4, heldout=2)
     tokenizer = toy_world.make_tokenizer()
     torch.manual_seed(0)
     text_only_model(tokenizer, tie_word_embeddings=True).save_pretrained(folder / "text")
     tokenizer.save_pretrained(folder / "text")
     run_here(stage0_sft.main, flags(
-        model=toy_world.PREBUILT, data=folder / "sft.jsonl", heldout="", batch_size=4, lr=1e-5,
-        epochs=1, out=folder / "stage0_toy_backbone"))
+        model=toy_world.PREBUILT, data=folder / "sft.jsonl", heldout="", batch_size=4, lr=3e-4,
+        epochs=8, out=folder / "stage0_toy_backbone"))
     run_here(stage0_sft.main, flags(
         model=folder / "text", data=folder / "text_rl.jsonl", heldout="", target="label",
         batch_size=4, lr=3e-3, epochs=60, out=folder / "stage0_text"))
