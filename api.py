@@ -2,8 +2,11 @@
 A served judge: `eval.py --api URL` asks an OpenAI-compatible server (vLLM, SGLang, llama.cpp, a
 hosted one) where else a model in this process answers.
 
-    vllm serve runs/stage3_mm_grpo --served-model-name judge --interleave-mm-strings
+    vllm serve FOLDER --served-model-name judge --interleave-mm-strings --generation-config vllm
     python eval.py --api http://localhost:8000/v1 --model judge --data rows.jsonl --out preds.jsonl
+
+(vLLM's two switches: images stay at their places whatever the chat template; and no top-p, top-k or
+repetition penalty of the folder's generation_config.json has a say.)
 
     1  requests   a row -> the user's message, images and video frames at their places
     2  answers    a request -> its answer, asked for again when the server fails, kept in a file
@@ -154,7 +157,7 @@ def answer_to(url, request):
                 request.pop("seed", None)
             elif e.code < 500 and e.code not in WORTH_A_RETRY:
                 break
-        except (OSError, HTTPException, ValueError, LookupError, TypeError) as e:
+        except (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError) as e:
             why = f"{type(e).__name__}: {e}"
             away = isinstance(e, urllib.error.URLError) and not isinstance(e.reason, OF_REQUESTS)
     if away:
@@ -182,7 +185,7 @@ def complaint(error):
 
 
 def read_answer(completion):
-    """A chat completion -> answer. Raises ValueError, LookupError or TypeError if it is none."""
+    """A chat completion -> answer. Whatever else it is, one of answer_to()'s errors is raised."""
     choice = completion["choices"][0]
     text = choice["message"].get("content") or ""
     # a server with a reasoning parser takes the thinking out, and its tags away
