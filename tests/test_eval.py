@@ -907,6 +907,45 @@ def test_every_benchmark_is_judged_in_place(name, run, monkeypatch):
     assert (got["overall"], got["order_flips"], got["share_a"]) == (pytest.approx(1), 0, 0.5)
 
 
+def test_table(monkeypatch, capsys):
+    """A line for each checkpoint, a column for each task, --rows of its held-out rows in both
+    orders. kills: all rows; one order; the columns of another task; one judge for all lines."""
+    for task in common.TASKS:
+        rows = [row(n, id=f"{task}-{n}") for n in range(5)]  # told apart by their ids alone
+        write(f"toy/heldout_{task}.jsonl", rows)
+    for name in ("right", "first"):
+        write(f"{name}/config.json", {})
+    asked = []
+
+    def predictions_of(loaded, rows, args):
+        asked.append((args.model[0], rows[0]["id"].split("-")[0], len(rows)))
+        preds = []
+        for at, shown in enumerate(rows):
+            right = args.model == ["right"] and "video" not in shown["id"]
+            for order in ("AB", "BA"):
+                preds.append({"at": at, "id": shown["id"], "order": order, "sample": 0,
+                              "pred": shown["label"] if right else order[0]})
+        return preds
+    judge = Judge(monkeypatch, finds_good)
+    judge.image_token_id = 5
+    monkeypatch.setattr(ev, "predictions_of", predictions_of)
+    folders = ["right", "first", "none"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--table", *folders, "--rows", "4"])
+    ev.main()
+    printed = capsys.readouterr()
+    table = printed.out.splitlines()[-4:]
+    assert table[0].startswith("| checkpoint | text | image understanding |")
+    assert table[2] == "| right | 100.0 | 100.0 | 100.0 | 50.0 | 50.0 |"
+    assert table[3] == "| first | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 |"
+    assert asked == [(m, t, 4) for m in ("right", "first") for t in common.TASKS]
+    assert "none: no checkpoint" in printed.err
+    judge.image_token_id = None  # a text-only model
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--table", "right", "--rows", "0"])
+    ev.main()
+    assert asked[len(asked) - 1:] == [("right", "text", 5)]
+    assert capsys.readouterr().out.splitlines()[-1] == "| right | 100.0 | - | - | - | - |"
+
+
 def test_a_killed_run_goes_on(run, monkeypatch):
     """Nothing is judged twice, a line cut in the middle and votes of half a row are judged again.
     kills: --out overwritten; the cut line kept; rows of other settings mixed in."""

@@ -41,7 +41,8 @@ def test_the_prebuilt_backbone_reads_and_compares_but_does_not_judge():
 
 def test_the_curriculum_learns(world, tmp_path):
     """Biased rationales -> text -> captions -> distillation -> pixels, as the README runs them but
-    with larger rates, fewer rows and smaller batches. What the whole measures is in the README."""
+    with larger rates, fewer rows and smaller batches. What the whole measures is in
+    tests/RESULTS.md."""
     tasks = toy_world.common.TASKS
     every = ",".join(f"{world}/heldout_{t}.jsonl:25" for t in tasks)
 
