@@ -6,6 +6,7 @@ Score, judge, rank: the field's benchmarks by explicit rules, with or without a 
     python eval.py --score preds.jsonl --benchmark vl_rewardbench --data data.json --json
     python eval.py --score ours.jsonl theirs.jsonl --benchmark rm_bench --data total_dataset.json
     python eval.py --model runs/stage1_text_grpo --rank candidates.jsonl --rounds 2 --out best.jsonl
+    python eval.py --api http://host:8000/v1 --model served-name --data ...   # see api.py
     python eval.py --table runs/*                    # checkpoints by tasks, as a Markdown table
 
 The rules, the same for every benchmark:
@@ -39,6 +40,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+import api
 import bt_reward
 import common
 import report
@@ -613,6 +615,9 @@ def load_judge(folders, args, device):
     """-> [(model, encoder)], one, or several Bradley-Terry models. Raises SystemExit."""
     sees = {"frames": args.frames, "max_tiles": args.max_tiles}
     writers = [folder for folder in folders if not is_reward_model(folder)]
+    if args.api and writers:
+        return [(None, api.Served(args.api, folders[0], args.style, args.frames,
+                                  args.api_workers))]
     if not writers:
         return [bt_reward.load(folder, device, **sees) for folder in folders]
     if len(folders) > 1:
@@ -662,7 +667,17 @@ def fit_to_judge(rows, loaded, args):
 
 # What may change between a killed run and the next: it says what becomes of the predictions.
 MAY_CHANGE = ("out", "json", "report", "report_rows", "runs", "batch_size", "aggregate", "grouping",
-              "score", "table", "toy")
+              "score", "table", "toy", "api_workers")
+
+
+def written_verdicts(loaded, rows, args, votes, orders, desc, **more):
+    """-> predictions of a judge that writes its verdict, loaded or served"""
+    model, encoder = loaded[0]
+    if args.api:
+        return api.judge(encoder, rows, args, votes, orders, desc)
+    return common.judge(model, encoder, rows, sample_group, args.form, votes, args.temperature,
+                        args.max_new_tokens, args.batch_size, args.seed, orders=orders, desc=desc,
+                        **more)
 
 
 def judge_rows(loaded, rows, args, out=None, orders=("AB", "BA")):
@@ -678,11 +693,9 @@ def judge_rows(loaded, rows, args, out=None, orders=("AB", "BA")):
         if reward_model:
             preds = reward_scores(loaded, batch, args)
         else:
-            model, encoder = loaded[0]
-            preds = common.judge(model, encoder, batch, sample_group, args.form, args.votes,
-                                 args.temperature, args.max_new_tokens, args.batch_size, args.seed,
-                                 orders, None if out else "judging", scores=True,
-                                 first_batch=at * len(orders) // args.batch_size)
+            preds = written_verdicts(loaded, batch, args, args.votes, orders,
+                                     None if out else "judging", scores=True,
+                                     first_batch=at * len(orders) // args.batch_size)
         of_row = [[] for _ in batch]
         for pred in preds:
             place = pred.pop("at")
@@ -690,10 +703,14 @@ def judge_rows(loaded, rows, args, out=None, orders=("AB", "BA")):
         return of_row
 
     if out:
-        judged = common.resumed(progress_file(out), settings_of(args), rows, work, chunk, "judging")
+        progress = progress_file(out)
+        if args.api:
+            loaded[0][1].keep_answers(progress)
+        judged = common.resumed(progress, settings_of(args), rows, work, chunk, "judging")
     else:
         judged = work(rows, 0)
     preds = sum(judged, [])
+    api.print_failures(preds)
     preds.sort(key=lambda p: (p["row"], p.get("i", 0), p.get("j", 0), p["order"], p["sample"]))
     if out and common.rank() == 0:
         common.write_lines(out, preds)
@@ -932,6 +949,9 @@ class Config:
     model: list[str] = knob([], "checkpoint folder or hub id of a judge that writes its verdict, "
                             "or a bt_reward.py checkpoint; several of the latter are averaged",
                             action="extend")
+    api: str | None = knob(None, "ask an OpenAI-compatible server, which serves --model under this "
+                           "name; its key, if it wants one, is in OPENAI_API_KEY", metavar="URL")
+    api_workers: int = knob(8, "--api: requests at a time")
     ensemble: Literal["mean", "accuracy", "confidence"] = knob(
         "mean", "weights of several reward models' scores: equal, or by the accuracy or the mean "
         "margin on held-out rows in their stage.json (BaseReward, Table 7)")
@@ -1012,6 +1032,10 @@ class Config:
             raise ValueError('--score needs every row: "row" counts them all')
         if self.attempts and not (self.model and self.data and self.out):
             raise ValueError("--attempts needs --model, --data and --out")
+        if self.api and (not self.api.startswith("http") or len(self.model) != 1 or self.table
+                         or self.api_workers < 1 or common.world() > 1):
+            raise ValueError("--api takes a URL, http://..., one --model and --api_workers of at "
+                             "least 1, and neither --table nor torchrun")
         if len(self.score) > 2:
             raise ValueError("--score takes one file, or two to compare")
 
@@ -1130,8 +1154,8 @@ def attempts(args, device):
     the reasoning of the first right answer as "rationale" (for stage 0). The order shown is a coin;
     a row with a new rationale is written in that order, so that no name in it has to change.
     DEVIATION: R1-Reward samples at temperature 0, where a second try is the first."""
-    model, encoder = common.load(args.model[0], device, frames=args.frames,
-                                 max_tiles=args.max_tiles, style=args.style)
+    loaded = load_judge(args.model, args, device)
+    encoder = loaded[0][1]
     rows = load_rows(args.data, encoder, args.form, args.max_prompt_tokens,
                      args.skip_bad_rows)
 
@@ -1140,9 +1164,8 @@ def attempts(args, device):
 
     def attempts_needed(chunk, at):
         shown = [as_shown(row) for row in chunk]
-        preds = common.judge(model, encoder, shown, sample_group, args.form, args.attempts,
-                             args.temperature, args.max_new_tokens, args.batch_size, args.seed,
-                             orders=("AB",), desc="attempts")
+        preds = written_verdicts(loaded, shown, args, args.attempts, ("AB",), "attempts")
+        api.print_failures(preds)
         found = [{"attempts": args.attempts + 1} for _ in chunk]
         for n in reversed(range(len(preds))):  # the first right answer has the last word
             at, attempt = divmod(n, args.attempts)
@@ -1154,11 +1177,13 @@ def attempts(args, device):
         return found
 
     names = ("attempts", "temperature", "max_new_tokens", "seed", "form", "style", "batch_size",
-             "frames", "max_tiles")
+             "frames", "max_tiles", "api")
     made_by = {name: getattr(args, name) for name in names}
     made_by["model"] = common.stamps(*args.model)
-    answers = common.resumed(Path(args.out).with_suffix(".attempts.jsonl"), made_by, rows,
-                             attempts_needed, chunk=8 * args.batch_size)
+    progress = Path(args.out).with_suffix(".attempts.jsonl")
+    if args.api:
+        encoder.keep_answers(progress)
+    answers = common.resumed(progress, made_by, rows, attempts_needed, chunk=8 * args.batch_size)
     written, needed = [], Counter()
     for row, found in zip(rows, answers, strict=True):
         if "rationale" in found:
