@@ -93,6 +93,9 @@ class Config:
     micro_batch: int = knob(8, "rows per forward pass; changes memory, not the gradient")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     freeze_vision: bool = knob(False, "freeze vision tower and projector (DT2IT's script: yes)")
+    lora_rank: int = knob(0, "train a LoRA adapter of this rank, not the weights; 0 = off. On all "
+                          "linear layers but the head, those of the vision tower unless it is "
+                          "frozen. Needs peft, and about 10 times the --lr (UNSPECIFIED in MSRL)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
 
     # looks and logs
@@ -186,10 +189,12 @@ def train(cfg, device, out, rows=None):
     model, encoder = common.load(cfg.model, device, made_by=Config.model, frames=cfg.frames,
                                  max_tiles=cfg.max_tiles)
     settings = settings_of(asdict(cfg))
-    torch.manual_seed(cfg.seed)
-    add_head(model, settings)
     if cfg.freeze_vision:
         common.freeze_vision(model)
+    if cfg.lora_rank:
+        common.add_adapter(model, cfg.lora_rank, cfg.seed)
+    torch.manual_seed(cfg.seed)
+    add_head(model, settings)  # behind the adapter: it is new, and trained as it is
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if rows is None:

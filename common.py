@@ -11,6 +11,7 @@ What every stage shares and no stage is about. Nothing in this file knows what G
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -21,9 +22,11 @@ import re
 import shutil
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import cached_property, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -1092,6 +1095,74 @@ def freeze_vision(model):
             part.requires_grad_(False)
 
 
+def add_adapter(model, rank, seed):
+    """LoRA: freeze the model, and let W x + 2 B A x be computed for W x in its linear layers, where
+    A [rank, in] is random, B [out, rank] zero and both are trained. In place: the class of the
+    model and the places of its parts stay. Call it after freeze_vision().
+
+    UNSPECIFIED: which layers. Ours are all linear layers that would be trained, so also those of a
+    vision tower that is not frozen. Not the head: its weights may be those of the embeddings."""
+    from peft import LoraConfig, inject_adapter_in_model  # here, because peft is optional
+    head = model.get_output_embeddings()
+    names = []
+    for name, layer in model.named_modules():
+        linear = isinstance(layer, torch.nn.Linear) and layer is not head
+        if linear and layer.weight.requires_grad:
+            names.append(name)
+    torch.manual_seed(seed)  # the same A on every process
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=names)
+    inject_adapter_in_model(config, model)
+
+
+def adapted_layers(model):
+    """-> {name: layer with an adapter}"""
+    return {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+
+
+def reference(model):
+    """The model as it starts, for the KL: a frozen copy, or with an adapter no copy, but the model
+    without it."""
+    if adapted_layers(model):
+        return AdapterOff(model)
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+class AdapterOff:
+    """A model that leaves its adapter out when it is called."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def __call__(self, **inputs):
+        layers = adapted_layers(self.model).values()
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            return self.model(**inputs)
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+
+@contextmanager
+def adapter_merged(model):
+    """Inside it, the model is an ordinary one, with W + 2 B A for W. Layer by layer and in place,
+    so it takes no memory; behind it, W is what it was but for rounding."""
+    layers = adapted_layers(model)
+    for name, layer in layers.items():
+        layer.merge()
+        model.set_submodule(name, layer.base_layer)
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+            layer.unmerge()
+
+
 def layer_masks(model, sees, positions):
     """What a token may see [b, 1, L, L] and positions [b, L] -> attention mask for the model. A 4-D
     mask is taken as it is, so that a layer with a sliding window (Gemma 3, Mistral) would lose its
@@ -1122,7 +1193,8 @@ def save_checkpoint(folder, model, encoder, **info):
     folder = Path(folder)
     part = folder / "checkpoint.tmp"
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
+    with adapter_merged(model):
+        model.save_pretrained(part)
     encoder.tokenizer.save_pretrained(part)
     if encoder.image_processor is not None:
         encoder.image_processor.save_pretrained(part)
@@ -1325,6 +1397,12 @@ def parse_config(cls, description, paper=None):
         value = getattr(cfg, name, None)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1")
+    lora_rank = getattr(cfg, "lora_rank", 0)
+    if lora_rank < 0:
+        parser.error("--lora_rank must be at least 1, or 0 for off")
+    if lora_rank and find_spec("peft") is None:  # said before minutes of loading
+        raise SystemExit(f"--lora_rank {lora_rank} needs peft, which is not installed: "
+                         "pip install peft")
     if hasattr(cfg, "check"):
         try:
             cfg.check()

@@ -58,6 +58,9 @@ class Config:
     micro_batch: int = knob(32, "rows per forward; changes memory, not the gradient")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     freeze_vision: bool = knob(True, "freeze vision tower and projector (paper: yes, text only)")
+    lora_rank: int = knob(0, "train a LoRA adapter of this rank, not the weights; 0 = off. On all "
+                          "linear layers but the head, those of the vision tower unless it is "
+                          "frozen. Needs peft, and about 10 times the --lr (UNSPECIFIED in MSRL)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
 
     # evaluation on held-out rows, and saved states
@@ -127,6 +130,8 @@ def finetune(model, encoder, rows, target, heldout, state, cfg, stage, may_swap,
     device = next(model.parameters()).device
     if cfg.freeze_vision:
         common.freeze_vision(model)
+    if cfg.lora_rank:
+        common.add_adapter(model, cfg.lora_rank, cfg.seed)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     warn_of_long_targets(rows, target, encoder, cfg)

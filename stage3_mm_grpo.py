@@ -19,7 +19,6 @@ Shapes: B prompts, G answers each, N = B*G, T tokens, P prompt length, C answer 
 vocabulary, S = the lengths of one prompt's G answers added up; `b` is B within a micro-batch.
 """
 
-import copy
 import math
 import time
 from collections import Counter
@@ -122,6 +121,9 @@ class Config:
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     freeze_vision: bool = knob(False, "freeze vision tower and projector. Paper: in stage 1, not "
                                "from 2 on; its script: in 1 and 2")
+    lora_rank: int = knob(0, "train a LoRA adapter of this rank, not the weights; 0 = off. On all "
+                          "linear layers but the head, those of the vision tower unless it is "
+                          "frozen. Needs peft, and about 10 times the --lr (UNSPECIFIED in MSRL)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
 
     # evaluation on held-out rows, and logs
@@ -333,9 +335,11 @@ def main():
     # ------------------------------------------------------------------------------ model and data
     model, encoder = common.load(cfg.model, device, made_by=Config.model, max_tiles=cfg.max_tiles,
                                  style=cfg.style, frames=cfg.frames, max_pixels=cfg.max_pixels)
-    ref = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None
     if cfg.freeze_vision:
         common.freeze_vision(model)
+    if cfg.lora_rank:
+        common.add_adapter(model, cfg.lora_rank, cfg.seed)
+    ref = common.reference(model) if cfg.beta > 0 else None
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = common.make_optimizer(model, cfg.lr)

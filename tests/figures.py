@@ -23,7 +23,7 @@ from report import line_chart
 
 REFERENCE = ROOT / "tests" / "reference_runs"
 FIGURE = ROOT / "tests" / "figures" / "curves.svg"
-ROWS = 200  # held-out rows per task, both orders
+ROWS = 100  # held-out rows per task, both orders
 PLACES = {"0": 0, "1": 1, "2": 2, "2b": 2.5, "3": 3}  # of the stages on the axis
 WIDTH, HEIGHT, LEGEND = 300, 200, 85
 

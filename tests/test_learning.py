@@ -62,7 +62,7 @@ def test_the_curriculum_learns(world, tmp_path):
                       "--epochs", 1, "--batch_size", 16, "--lr", "4e-4")
     rl, biased, fair = stage(
         "stage1_text_grpo", sft, f"{world}/text_rl.jsonl:500", text,
-        "--batch_size", 16, "--max_steps", 14, "--lr", "1e-4", "--eval_every", 0)
+        "--batch_size", 16, "--max_steps", 24, "--lr", "8e-5", "--eval_every", 0)
     assert biased["format"] >= 0.98 and 0.55 <= biased["accuracy"] <= 0.80  # the annotators' bias
     assert fair["accuracy"] >= biased["accuracy"] + 0.10 and 0.4 <= fair["share_a"] <= 0.6
     judged = json.loads(run("eval.py", "--model", rl, "--data", text, "--json").splitlines()[-1])
