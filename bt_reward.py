@@ -93,6 +93,9 @@ class Config:
     micro_batch: int = knob(8, "rows per forward pass; changes memory, not the gradient")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     freeze_vision: bool = knob(False, "freeze vision tower and projector (DT2IT's script: yes)")
+    lora_rank: int = knob(0, "train a LoRA adapter of this rank, not the weights; 0 = off. On all "
+                          "linear layers but the head, those of the vision tower unless it is "
+                          "frozen. Needs peft, and about 10 times the --lr (UNSPECIFIED in MSRL)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
 
     # looks and logs
@@ -151,8 +154,7 @@ def score_group(model, encoder, prompts, answers):
     """b prompts and the token ids of their answers [b][G], where G may differ from prompt to prompt
     -> scores [N] in fp32, in the order of the answers."""
     device = next(model.parameters()).device
-    ids, positions, sees, _, _, owner, pixels = pack(prompts, answers, encoder.pad_id, device)
-    media = {} if pixels is None else {"pixel_values": pixels}
+    ids, positions, sees, _, _, owner, media = pack(prompts, answers, encoder.pad_id, device)
     masks = common.layer_masks(model, sees, positions)
     with common.autocast(device):
         hidden = model.model(input_ids=ids, attention_mask=masks, position_ids=positions,
@@ -187,10 +189,12 @@ def train(cfg, device, out, rows=None):
     model, encoder = common.load(cfg.model, device, made_by=Config.model, frames=cfg.frames,
                                  max_tiles=cfg.max_tiles)
     settings = settings_of(asdict(cfg))
-    torch.manual_seed(cfg.seed)
-    add_head(model, settings)
     if cfg.freeze_vision:
         common.freeze_vision(model)
+    if cfg.lora_rank:
+        common.add_adapter(model, cfg.lora_rank, cfg.seed)
+    torch.manual_seed(cfg.seed)
+    add_head(model, settings)  # behind the adapter: it is new, and trained as it is
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if rows is None:

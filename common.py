@@ -11,6 +11,7 @@ What every stage shares and no stage is about. Nothing in this file knows what G
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -21,22 +22,29 @@ import re
 import shutil
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import cached_property, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, TypedDict
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
+# by its place: without torchvision 5.17 has a dummy by this name at the top
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file
 
 transformers.utils.logging.disable_progress_bar()  # its bars are about files; ours are about work
 
@@ -687,10 +695,13 @@ def coin(*key):
 
 
 # ==================================================================================================
-# 4. Encoding. No processor object: in transformers 5.23 InternVLProcessor cannot be constructed
-# without torchvision. Its work is small: one placeholder per pixel-shuffled patch of each tile.
+# 4. Encoding. No processor object: in transformers 5.23 those of InternVL and Qwen-VL cannot be
+# constructed without torchvision. Their work is small: one placeholder per feature of an image.
 
-IMAGE_TOKEN = "<IMG_CONTEXT>"
+IMAGE_TOKEN = "<IMG_CONTEXT>"  # InternVL's placeholder
+QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+VISION_MODELS = ("internvl", *QWEN_VL)
+VIDEO_SETTINGS = "video_preprocessor_config.json"  # not for us, but for who serves a checkpoint
 
 
 def open_image(path):
@@ -706,8 +717,9 @@ def open_image(path):
 
 def open_video(path, frames):
     """`frames` frames evenly spaced by index (all of a shorter video) from what PyAV decodes, or
-    from a folder of images. -> list of PIL images. Raises BadRow. Decodes twice, because containers
-    lie about their number of frames and all frames of a long video do not fit into memory."""
+    from a folder of images. -> list of PIL images, a file's with .info["seconds"]. Raises BadRow.
+    Decodes twice, because containers lie about their number of frames and all frames of a long
+    video do not fit into memory."""
     if Path(path).is_dir():
         files = [file for file in Path(path).iterdir()
                  if file.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]
@@ -724,7 +736,13 @@ def open_video(path, frames):
             count = sum(1 for _ in decode(container))
         chosen = spread(count, frames, path)
         with av.open(str(path)) as container:
-            return [frame.to_image() for i, frame in enumerate(decode(container)) if i in chosen]
+            rate = float(container.streams.video[0].average_rate or 24)
+            images = []
+            for i, frame in enumerate(decode(container)):
+                if i in chosen:
+                    images.append(frame.to_image())
+                    images[-1].info["seconds"] = i / rate
+            return images
     except BadRow:
         raise
     except FileNotFoundError:
@@ -744,22 +762,40 @@ def spread(n, frames, path):
 @dataclass
 class Prompt:
     ids: list                    # token ids, one placeholder id per image feature
-    pixels: torch.Tensor | None  # [tiles, 3, H, W], None without media
+    pixels: torch.Tensor | None  # [tiles, 3, H, W], Qwen-VL: [patches, D]; None without media
+    grids: torch.Tensor | None = None      # Qwen-VL: patches in time, height, width [media, 3]
+    positions: torch.Tensor | None = None  # of the ids: [P], Qwen-VL: in time, height, width [3, P]
+
+    def __post_init__(self):
+        if self.positions is None:
+            self.positions = torch.arange(len(self.ids))
+
+    def following(self, n):
+        """Positions of n tokens after the prompt [n], in all parts the same. A prompt ends in text,
+        so that its last token has the largest position."""
+        return self.positions[..., -1].max() + 1 + torch.arange(n)
 
 
 class Encoder:
     """Turns rows into Prompts for one checkpoint: tokenizer, image processor and special ids."""
 
-    def __init__(self, folder, config, frames=8, max_tiles=12, style="msrl"):
+    def __init__(self, folder, config, frames=8, max_tiles=12, style="msrl", max_pixels=0):
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.kind = config.model_type
         self.frames, self.max_tiles, self.style = frames or 8, max_tiles or 12, style
         self.image_token_id = getattr(config, "image_token_id", None)
         self.special_tokens = tuple(self.tokenizer.all_special_tokens)
         self.forbidden = tuple(dict.fromkeys(FORBIDDEN + self.special_tokens))  # in users' texts
         self.image_processor = None
         if self.image_token_id is not None:
-            self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-            self.tokens_per_tile = config.image_seq_length
+            limit = {"max_pixels": max_pixels} if max_pixels else {}  # else the checkpoint's own
+            self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil",
+                                                                      **limit)
+            self.tokens_per_tile = getattr(config, "image_seq_length", None)  # InternVL
+            self.positions_per_second = getattr(config.vision_config, "tokens_per_second", None)
+        self.video_settings = cached_file(folder, VIDEO_SETTINGS,
+                                          _raise_exceptions_for_missing_entries=False,
+                                          _raise_exceptions_for_connection_errors=False)
         self.eos_ids = self._declared_eos_ids(folder, config)
         if not self.eos_ids:
             raise SystemExit(f"{folder}: neither tokenizer nor generation_config.json names an "
@@ -795,25 +831,102 @@ class Encoder:
 
     def encode(self, text, media=(), video=False):
         """Text with one `<image>` or `<video>` per medium -> Prompt. Never truncates."""
-        text, tiles = self.chat(text), []
+        text, pixels, grids, blocks = self.chat(text), [], [], []
         for path in media:
             if self.image_processor is None:
                 raise BadRow("has media, but this checkpoint is text-only; use a vision-language "
                              "model or the caption form")
             images = open_video(path, self.frames) if video else [open_image(path)]
-            # a video frame is one tile; a still image is cut into up to max_tiles (+ a thumbnail)
-            out = self.image_processor(images=images, return_tensors="pt",
-                                       max_patches=self.max_tiles,
-                                       crop_to_patches=not video and self.max_tiles > 1)
-            tiles.append(out["pixel_values"])
-            shown = []
-            for number, n_tiles in enumerate(out["num_patches"], 1):
-                features = IMAGE_TOKEN * (self.tokens_per_tile * int(n_tiles))
-                title = f"Frame{number}: " if video else ""
-                shown.append(f"{title}<img>{features}</img>")
-            text = text.replace("<video>" if video else "<image>", "\n".join(shown), 1)
+            if self.kind in QWEN_VL:
+                shown, patches, grid, blocks_of_medium = self.as_patches(images, video)
+                pixels.append(patches)
+                grids.append(grid)
+                blocks += blocks_of_medium
+            else:
+                shown, tiles = self.as_tiles(images, video)
+                pixels.append(tiles)
+            text = text.replace("<video>" if video else "<image>", shown, 1)
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return Prompt(ids, torch.cat(tiles) if tiles else None)
+        prompt = Prompt(ids, torch.cat(pixels) if pixels else None)
+        if self.kind in QWEN_VL:
+            prompt.grids = torch.tensor(grids) if grids else None
+            prompt.positions = rotary_positions(ids, self.image_token_id, blocks)
+        return prompt
+
+    def as_tiles(self, images, video):
+        """The images of a medium as InternVL takes them -> text with placeholders, tiles
+        [tiles, 3, H, W]"""
+        # a video frame is one tile; a still image is cut into up to max_tiles (+ a thumbnail)
+        out = self.image_processor(images=images, return_tensors="pt", max_patches=self.max_tiles,
+                                   crop_to_patches=not video and self.max_tiles > 1)
+        shown = []
+        for number, n_tiles in enumerate(out["num_patches"], 1):
+            features = IMAGE_TOKEN * (self.tokens_per_tile * int(n_tiles))
+            title = f"Frame{number}: " if video else ""
+            shown.append(f"{title}<img>{features}</img>")
+        return "\n".join(shown), out["pixel_values"]
+
+    def as_patches(self, images, video):
+        """The images of a medium as Qwen-VL takes them -> text with placeholders, patches
+        [T * height * width, D], their grid [T, height, width] (T = 1 for a still image) and the
+        blocks of placeholders, see rotary_positions(). Raises BadRow.
+
+        A video is put to the model as an image of T moments: a feature is read where a placeholder
+        stands, whichever token that is, and one vision tower serves both."""
+        if video:
+            patches, grid, seconds = self.video_patches(images)
+        else:
+            patches, grid = self.image_patches(images)
+        moments, height, width = grid
+        merge, n = self.image_processor.merge_size, self.image_processor.temporal_patch_size
+        rows, columns = height // merge, width // merge
+        features = "<|image_pad|>" * (rows * columns)
+        if video and self.kind == "qwen3_vl":  # each moment by itself, after its time
+            # DEVIATION: transformers 5 has one more start and end round it all; 4.57, with which
+            # the model came, and vLLM have not
+            shown = ""
+            for first in range(0, len(seconds), n):
+                frames = seconds[first:first + n]
+                time = (frames[0] + frames[-1]) / 2
+                shown += f"<{time:.1f} seconds><|vision_start|>{features}<|vision_end|>"
+            return shown, patches, grid, [([0], rows, columns)] * moments
+        step = 1
+        if self.positions_per_second and moments > 1:  # Qwen2.5-VL: in seconds, evenly
+            between = (seconds[-1] - seconds[0]) / (len(seconds) - 1)
+            step = self.positions_per_second * n * between
+        times = [int(moment * step) for moment in range(moments)]
+        shown = f"<|vision_start|>{features * moments}<|vision_end|>"
+        return shown, patches, grid, [(times, rows, columns)]
+
+    def image_patches(self, images, **size):
+        """-> patches [n * height * width, D] of n images of one size, the grid [1, height, width]
+        of one of them. Raises BadRow."""
+        try:
+            out = self.image_processor(images=images, return_tensors="pt", **size)
+        except ValueError as e:  # a strip of more than 200 : 1
+            raise BadRow(f"has a medium that cannot be resized ({e}); replace the file") from e
+        return out["pixel_values"], out["image_grid_thw"][0].tolist()
+
+    def video_patches(self, images):
+        """-> patches [T * height * width, D], grid [T, height, width], time of each frame in
+        seconds. A moment is n frames; the last frame is repeated to fill the last one."""
+        # UNSPECIFIED: a folder of frames has no times; Qwen samples two frames a second
+        seconds = [image.info.get("seconds", k / 2) for k, image in enumerate(images)]
+        processor = self.image_processor
+        n = processor.temporal_patch_size
+        images = images + images[-1:] * (-len(images) % n)
+        images = [image.resize(images[0].size) for image in images]
+        # As qwen-vl-utils, Qwen's own: a frame becomes 128 to 768 tokens. Its cap on all frames
+        # together would begin at 300.
+        token = (processor.patch_size * processor.merge_size) ** 2  # pixels per token
+        largest = min(768 * token, processor.size["longest_edge"])
+        size = {"shortest_edge": min(128 * token, largest), "longest_edge": largest}
+        patches, (_, height, width) = self.image_patches(images, size=size)
+        # The processor took each frame for a still image, and filled a moment with n copies of it.
+        # Of the n frames of a moment, the k-th is to give the k-th copy.
+        copies = patches.view(-1, n, height * width, 3, n, processor.patch_size ** 2)
+        patches = copies.diagonal(dim1=1, dim2=4).movedim(-1, 3).flatten(2).flatten(0, 1)
+        return patches, [len(images) // n, height, width], seconds
 
     def answer_ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.eos_id]
@@ -840,18 +953,52 @@ class Encoder:
         return len(self(row, form).ids)
 
 
+def rotary_positions(ids, placeholder, blocks):
+    """Positions of a prompt's tokens in time, height and width [3, P], as Qwen-VL counts them. Text
+    counts on in all three parts. A block of placeholders, (times, rows, columns), takes one
+    position after another in each part by itself; what comes after it goes on behind its largest.
+
+    DEVIATION: get_rope_index() of transformers 5.17 and 5.23 goes on behind rows and columns, so
+    that the text after a long Qwen2.5-VL video has positions that the video has, too. That of 4.49,
+    by the model's authors, counted as here, and vLLM does."""
+    positions, following, blocks = [], 0, iter(blocks)
+    while len(positions) < len(ids):
+        if ids[len(positions)] != placeholder:
+            positions.append((following, following, following))
+        else:
+            times, rows, columns = next(blocks)
+            for time in times:
+                for row in range(rows):
+                    for column in range(columns):
+                        positions.append((following + time, following + row, following + column))
+        following = max(positions[-1]) + 1
+    return torch.tensor(positions).T
+
+
 def left_pad(prompts, pad_id, device):
-    """B prompts -> ids [B, P], mask [B, P] (1 = real), pixels [tiles, 3, H, W] or None."""
+    """B prompts -> ids [B, P], mask [B, P] (1 = real), positions [B, P] (Qwen-VL: [3, B, P]), and
+    the media as arguments of the model."""
     width = max(len(prompt.ids) for prompt in prompts)
-    ids, mask, pixels = [], [], []
+    ids, mask, positions = [], [], []
     for prompt in prompts:
         padding = width - len(prompt.ids)
         ids.append([pad_id] * padding + prompt.ids)
         mask.append([0] * padding + [1] * len(prompt.ids))
-        if prompt.pixels is not None:
-            pixels.append(prompt.pixels)
+        positions.append(F.pad(prompt.positions, (padding, 0)))
     return (torch.tensor(ids, device=device), torch.tensor(mask, device=device),
-            torch.cat(pixels).to(device) if pixels else None)
+            torch.stack(positions, -2).to(device), media_of(prompts, device))
+
+
+def media_of(prompts, device):
+    """What the model takes besides ids: {} if no prompt has media."""
+    media = {}
+    pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
+    grids = [prompt.grids for prompt in prompts if prompt.grids is not None]
+    if pixels:
+        media["pixel_values"] = torch.cat(pixels).to(device)
+    if grids:
+        media["image_grid_thw"] = torch.cat(grids).to(device)
+    return media
 
 
 # ==================================================================================================
@@ -868,21 +1015,34 @@ def check_checkpoint(folder, made_by=""):
     return maker
 
 
+def auto_class(folder):
+    """What of transformers loads this checkpoint. Stops with one line if none of ours does."""
+    config, _ = transformers.PreTrainedConfig.get_config_dict(folder)
+    kind = config.get("model_type")
+    if kind is None:
+        raise ValueError("config.json names no model_type")
+    if kind in VISION_MODELS:
+        return transformers.AutoModelForImageTextToText
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "vision_config" not in config:
+        return transformers.AutoModelForCausalLM
+    raise SystemExit(f"{folder}: its architecture {kind!r} is not supported. Take a vision model "
+                     f"of type {', '.join(VISION_MODELS)}, or for text a causal language model "
+                     "of transformers (llama, qwen3, gemma3_text, ...).")
+
+
 def load(folder, device="cpu", made_by="", **encoder_args):
-    """-> model (fp32 weights, eval mode) and its Encoder. Takes InternVLForConditionalGeneration
-    or a text-only causal LM (stages 0 and 1), as a folder of plain save_pretrained or a hub id.
-    `made_by`: the default folder, whose name is that of the script that makes it, for the message
-    if there is no checkpoint.
+    """-> model (fp32 weights, eval mode) and its Encoder. Takes one of VISION_MODELS or a text-only
+    causal LM (stages 0 and 1), as a folder of plain save_pretrained or a hub id. `made_by`: the
+    default folder, whose name is that of the script that makes it, for the message if there is no
+    checkpoint.
 
     fp32 on purpose: a learning rate of 1e-6 on bf16 weights rounds away (the default dtype of
     transformers 5 is the file's, usually bf16). On a GPU, autocast computes in bf16.
     """
     maker = check_checkpoint(folder, made_by)
     try:
+        auto = auto_class(folder)
         config = AutoConfig.from_pretrained(folder)
-        auto = transformers.AutoModelForCausalLM
-        if getattr(config, "vision_config", None) is not None:
-            auto = transformers.AutoModelForImageTextToText
         encoder = Encoder(folder, config, **encoder_args)
         model, found = auto.from_pretrained(folder, dtype=torch.float32,
                                             attn_implementation="sdpa", output_loading_info=True)
@@ -929,10 +1089,78 @@ class RoomyLayer(DynamicLayer):
 
 def freeze_vision(model):
     """Freeze vision tower and projector (MSRL 4.1: text-only training). A text model has none."""
-    for name in ("vision_tower", "multi_modal_projector"):
+    for name in ("vision_tower", "multi_modal_projector", "visual"):  # Qwen-VL: one for both
         part = getattr(getattr(model, "model", model), name, None)
         if part is not None:
             part.requires_grad_(False)
+
+
+def add_adapter(model, rank, seed):
+    """LoRA: freeze the model, and let W x + 2 B A x be computed for W x in its linear layers, where
+    A [rank, in] is random, B [out, rank] zero and both are trained. In place: the class of the
+    model and the places of its parts stay. Call it after freeze_vision().
+
+    UNSPECIFIED: which layers. Ours are all linear layers that would be trained, so also those of a
+    vision tower that is not frozen. Not the head: its weights may be those of the embeddings."""
+    from peft import LoraConfig, inject_adapter_in_model  # here, because peft is optional
+    head = model.get_output_embeddings()
+    names = []
+    for name, layer in model.named_modules():
+        linear = isinstance(layer, torch.nn.Linear) and layer is not head
+        if linear and layer.weight.requires_grad:
+            names.append(name)
+    torch.manual_seed(seed)  # the same A on every process
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=names)
+    inject_adapter_in_model(config, model)
+
+
+def adapted_layers(model):
+    """-> {name: layer with an adapter}"""
+    return {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+
+
+def reference(model):
+    """The model as it starts, for the KL: a frozen copy, or with an adapter no copy, but the model
+    without it."""
+    if adapted_layers(model):
+        return AdapterOff(model)
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+class AdapterOff:
+    """A model that leaves its adapter out when it is called."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def __call__(self, **inputs):
+        layers = adapted_layers(self.model).values()
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            return self.model(**inputs)
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+
+@contextmanager
+def adapter_merged(model):
+    """Inside it, the model is an ordinary one, with W + 2 B A for W. Layer by layer and in place,
+    so it takes no memory; behind it, W is what it was but for rounding."""
+    layers = adapted_layers(model)
+    for name, layer in layers.items():
+        layer.merge()
+        model.set_submodule(name, layer.base_layer)
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+            layer.unmerge()
 
 
 def layer_masks(model, sees, positions):
@@ -947,6 +1175,8 @@ def layer_masks(model, sees, positions):
                          "supported, only full and sliding-window attention.")
     if window is None or kinds == {"full_attention"}:
         return sees
+    if positions.dim() == 3:
+        raise SystemExit(f"{config.model_type}: sliding windows are not supported for Qwen-VL.")
     near = positions[:, None, :, None] - positions[:, None, None, :] < window
     if not kinds:  # all layers slide, and the model wants one mask
         return sees & near
@@ -963,10 +1193,13 @@ def save_checkpoint(folder, model, encoder, **info):
     folder = Path(folder)
     part = folder / "checkpoint.tmp"
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
+    with adapter_merged(model):
+        model.save_pretrained(part)
     encoder.tokenizer.save_pretrained(part)
     if encoder.image_processor is not None:
         encoder.image_processor.save_pretrained(part)
+    if encoder.video_settings is not None:
+        shutil.copy(encoder.video_settings, part / VIDEO_SETTINGS)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     (part / "stage.json").write_text(json.dumps({**info, "versions": versions}, indent=2) + "\n")
     (folder / "stage.json").unlink(missing_ok=True)
@@ -1164,6 +1397,12 @@ def parse_config(cls, description, paper=None):
         value = getattr(cfg, name, None)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1")
+    lora_rank = getattr(cfg, "lora_rank", 0)
+    if lora_rank < 0:
+        parser.error("--lora_rank must be at least 1, or 0 for off")
+    if lora_rank and find_spec("peft") is None:  # said before minutes of loading
+        raise SystemExit(f"--lora_rank {lora_rank} needs peft, which is not installed: "
+                         "pip install peft")
     if hasattr(cfg, "check"):
         try:
             cfg.check()

@@ -6,6 +6,7 @@ Score, judge, rank: the field's benchmarks by explicit rules, with or without a 
     python eval.py --score preds.jsonl --benchmark vl_rewardbench --data data.json --json
     python eval.py --score ours.jsonl theirs.jsonl --benchmark rm_bench --data total_dataset.json
     python eval.py --model runs/stage1_text_grpo --rank candidates.jsonl --rounds 2 --out best.jsonl
+    python eval.py --api http://host:8000/v1 --model served-name --data ...   # see api.py
     python eval.py --table runs/*                    # checkpoints by tasks, as a Markdown table
 
 The rules, the same for every benchmark:
@@ -23,9 +24,6 @@ The rules, the same for every benchmark:
               and unequal weights, make it smaller than n.
 """
 
-import base64
-import html
-import io
 import json
 import math
 import os
@@ -42,8 +40,10 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+import api
 import bt_reward
 import common
+import report
 from common import BadRow, knob, majority
 from data import BENCHMARKS, GROUPINGS, file_rows, find_medium, grouped, load_rows, read_benchmark
 from stage1_text_grpo import sample_group
@@ -566,7 +566,7 @@ def show(title, result):
 
 
 # ==================================================================================================
-# 4. Judging with a model: one that writes a verdict, or Bradley-Terry reward models.
+# 3. Judging with a model: one that writes a verdict, or Bradley-Terry reward models.
 
 def place_of(row):
     """What of a prediction tells its row in the data file"""
@@ -615,6 +615,9 @@ def load_judge(folders, args, device):
     """-> [(model, encoder)], one, or several Bradley-Terry models. Raises SystemExit."""
     sees = {"frames": args.frames, "max_tiles": args.max_tiles}
     writers = [folder for folder in folders if not is_reward_model(folder)]
+    if args.api and writers:
+        return [(None, api.Served(args.api, folders[0], args.style, args.frames,
+                                  args.api_workers))]
     if not writers:
         return [bt_reward.load(folder, device, **sees) for folder in folders]
     if len(folders) > 1:
@@ -664,7 +667,17 @@ def fit_to_judge(rows, loaded, args):
 
 # What may change between a killed run and the next: it says what becomes of the predictions.
 MAY_CHANGE = ("out", "json", "report", "report_rows", "runs", "batch_size", "aggregate", "grouping",
-              "score", "table", "toy")
+              "score", "table", "toy", "api_workers")
+
+
+def written_verdicts(loaded, rows, args, votes, orders, desc, **more):
+    """-> predictions of a judge that writes its verdict, loaded or served"""
+    model, encoder = loaded[0]
+    if args.api:
+        return api.judge(encoder, rows, args, votes, orders, desc)
+    return common.judge(model, encoder, rows, sample_group, args.form, votes, args.temperature,
+                        args.max_new_tokens, args.batch_size, args.seed, orders=orders, desc=desc,
+                        **more)
 
 
 def judge_rows(loaded, rows, args, out=None, orders=("AB", "BA")):
@@ -680,11 +693,9 @@ def judge_rows(loaded, rows, args, out=None, orders=("AB", "BA")):
         if reward_model:
             preds = reward_scores(loaded, batch, args)
         else:
-            model, encoder = loaded[0]
-            preds = common.judge(model, encoder, batch, sample_group, args.form, args.votes,
-                                 args.temperature, args.max_new_tokens, args.batch_size, args.seed,
-                                 orders, None if out else "judging", scores=True,
-                                 first_batch=at * len(orders) // args.batch_size)
+            preds = written_verdicts(loaded, batch, args, args.votes, orders,
+                                     None if out else "judging", scores=True,
+                                     first_batch=at * len(orders) // args.batch_size)
         of_row = [[] for _ in batch]
         for pred in preds:
             place = pred.pop("at")
@@ -692,10 +703,14 @@ def judge_rows(loaded, rows, args, out=None, orders=("AB", "BA")):
         return of_row
 
     if out:
-        judged = common.resumed(progress_file(out), settings_of(args), rows, work, chunk, "judging")
+        progress = progress_file(out)
+        if args.api:
+            loaded[0][1].keep_answers(progress)
+        judged = common.resumed(progress, settings_of(args), rows, work, chunk, "judging")
     else:
         judged = work(rows, 0)
     preds = sum(judged, [])
+    api.print_failures(preds)
     preds.sort(key=lambda p: (p["row"], p.get("i", 0), p.get("j", 0), p["order"], p["sample"]))
     if out and common.rank() == 0:
         common.write_lines(out, preds)
@@ -729,7 +744,7 @@ def predictions_of(loaded, rows, args, out=None):
 
 
 # ==================================================================================================
-# 5. Ranking: a reward in [0, 1] for each of n candidates.
+# 4. Ranking: a reward in [0, 1] for each of n candidates.
 
 def read_candidates(path):
     """-> [{"id", "task", "prompt", "media", "candidates", "row"}]. The candidates of a *_generation
@@ -926,143 +941,7 @@ def rank_candidates(args):
 
 
 # ==================================================================================================
-# 6. A page to look at. Everything that comes from data goes through esc(), there is no script, and
-# the page forbids itself any: text from data can never run, and nothing is fetched.
-
-HEAD = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>
-body {{ font: 15px/1.45 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em }}
-table {{ border-collapse: collapse }} td, th {{ border: 1px solid #ccc; padding: .2em .6em }}
-pre {{ white-space: pre-wrap; background: #f5f5f5; padding: .5em; margin: .3em 0 }}
-.two {{ display: flex; gap: 1em }} .two > div {{ flex: 1; min-width: 0 }} img {{ max-width: 100% }}
-.flip {{ background: #ffe9b8 }} .wrong {{ background: #ffd5d0 }} .right {{ background: #ddf3dd }}
-</style></head><body><h1>{title}</h1>
-"""
-INKS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
-CURVES = ("reward", "rewards/accuracy/mean", "loss", "kl", "entropy", "share_a",
-          "completions/mean_length", "grad_norm")
-
-
-def esc(value):
-    """-> its text, safe inside HTML and inside a quoted attribute"""
-    return html.escape(str(value), quote=True)
-
-
-def line_chart(title, lines, width=320, height=180):
-    """{name: [(x, y)]} -> an SVG picture, "" without a finite point; width and height in pixels"""
-    finite = {}
-    for name, line in lines.items():
-        finite[name] = [(x, y) for x, y in line if isinstance(y, (int, float)) and math.isfinite(y)]
-    if not any(finite.values()):
-        return ""
-    xs, ys = zip(*sum(finite.values(), []), strict=True)
-    left, bottom, right, top = min(xs), min(ys), max(xs), max(ys)
-    x_scale = (width - 55) / (right - left or 1)
-    y_scale = (height - 40) / (top - bottom or 1)
-
-    def label(x, y, text, ink="#000"):
-        return f'<text x="{x}" y="{y}" font-size="11" fill="{ink}">{esc(text)}</text>'
-
-    svg = label(45, 12, title) + label(2, 24, f"{top:.3g}") + label(2, height - 16, f"{bottom:.3g}")
-    svg += label(45, height - 4, f"{left:g} to {right:g}")
-    for n, (name, line) in enumerate(finite.items()):
-        ink, path = INKS[n % len(INKS)], ""
-        for x, y in line:
-            path += f"{45 + x_scale * (x - left):.1f},{height - 20 - y_scale * (y - bottom):.1f} "
-        svg += f'<polyline points="{path}" fill="none" stroke="{ink}"/>'
-        svg += label(60, 26 + 12 * n, name, ink)
-    return f'<svg width="{width}" height="{height}">{svg}</svg>'
-
-
-def learning_curves(folders):
-    """One picture for each figure of metrics.jsonl, with one line for each run."""
-    pictures = ""
-    for figure in CURVES:
-        lines = {}
-        for folder in folders:
-            steps = common.whole_lines(Path(folder, "metrics.jsonl"))
-            lines[folder] = [(step["step"], step[figure]) for step in steps if figure in step]
-        pictures += line_chart(figure, lines)
-    return pictures
-
-
-def picture(path, video):
-    """An image, or four frames of a video, as small JPEGs inside the page."""
-    try:
-        images = common.open_video(path, 4) if video else [common.open_image(path)]
-    except BadRow as e:
-        return f"<p>[{esc(e)}]</p>"
-    tags = ""
-    for image in images:
-        image.thumbnail((360, 360))
-        jpeg = io.BytesIO()
-        image.convert("RGB").save(jpeg, "JPEG", quality=80)
-        data = base64.b64encode(jpeg.getvalue()).decode()
-        tags += f'<img alt="" src="data:image/jpeg;base64,{data}">'
-    return tags
-
-
-def folded_row(row):
-    """A scored row: what was asked, both candidates, every answer and its verdict."""
-    preds = sum(row["orders"].values(), [])
-    kind = "right" if row["points"] == 1 else "wrong"
-    if row["flip"]:
-        kind = "flip"
-    says = " ".join([str(pred["pred"]) for pred in preds]) or "nothing"
-    media = [picture(path, row["task"].startswith("video")) for path in row["media"]]
-    candidates = [f"<pre>{esc(response)}</pre>" for response in row["responses"] or ()]
-    if not candidates:  # the media are the candidates
-        candidates, media = media or ["", ""], []
-    page = (f'<details class="{kind}"><summary>{kind}: {esc(row["id"])}, {esc(place_of(row))}, '
-            f'label {esc(row["label"])}, says {esc(says)}: {row["points"]:.2f} points</summary>'
-            f'<pre>{esc(row["prompt"])}</pre>{"".join(media)}<div class="two">')
-    for side, candidate in zip("AB", candidates, strict=False):  # one may be missing
-        page += f"<div><b>{side}</b>{candidate}</div>"
-    page += "</div>"
-    for pred in preds:
-        page += (f"<p>order {esc(pred['order'])}, sample {esc(pred['sample'])}: "
-                 f"<b>{esc(pred['pred'])}</b></p><pre>{esc(pred.get('text') or '')}</pre>")
-    return page + "</details>\n"
-
-
-def result_section(name, result):
-    """The columns as a table, the other figures, and the curves of the votes."""
-    heads = accuracies = sizes = figures = ""
-    for column_name, accuracy, n in columns_of(result):
-        heads += f"<th>{esc(column_name)}</th>"
-        accuracies += f"<td>{accuracy}</td>"
-        sizes += f"<td>{n}</td>"
-    for key in ("interval", "order_flips", "share_a", "unparsable", "missing", "soft"):
-        if key in result:
-            figures += f"{', ' if figures else ''}{key.replace('_', ' ')} {esc(result[key])}"
-    curves = {}
-    for curve in ("vote", "any"):
-        curves[f"{curve}@k"] = [(int(k), share) for k, share in result.get(curve, {}).items()]
-    return (f"<h2>{esc(name)}</h2><table><tr>{heads}<tr>{accuracies}<tr>{sizes}</table>"
-            f"<p>{figures}</p>{line_chart('accuracy against the number of votes', curves)}")
-
-
-def write_report(args, results, scored):
-    """Write the page: tables and curves, then scored rows, flips first, then what was wrong."""
-    page = HEAD.format(title=esc(f"{args.benchmark}: {args.data}"))
-    for name, result in results.items():
-        page += result_section(name, result)
-    if args.runs:
-        page += "<h2>Learning curves</h2>" + learning_curves(args.runs)
-    labelled = [row for row in scored if row["label"]]
-    labelled.sort(key=lambda row: (not row["flip"], row["points"]))
-    shown = labelled[:args.report_rows]
-    page += f"<h2>Rows: flips and failures first, {len(shown)} of {len(labelled)}</h2>\n"
-    for row in shown:
-        page += folded_row(row)
-    Path(args.report).write_text(page + "</body></html>\n", "utf-8", errors="replace")
-
-
-# ==================================================================================================
-# 7. Command line
+# 5. Command line
 
 @dataclass
 class Config:
@@ -1070,6 +949,9 @@ class Config:
     model: list[str] = knob([], "checkpoint folder or hub id of a judge that writes its verdict, "
                             "or a bt_reward.py checkpoint; several of the latter are averaged",
                             action="extend")
+    api: str | None = knob(None, "ask an OpenAI-compatible server, which serves --model under this "
+                           "name; its key, if it wants one, is in OPENAI_API_KEY", metavar="URL")
+    api_workers: int = knob(8, "--api: requests at a time")
     ensemble: Literal["mean", "accuracy", "confidence"] = knob(
         "mean", "weights of several reward models' scores: equal, or by the accuracy or the mean "
         "margin on held-out rows in their stage.json (BaseReward, Table 7)")
@@ -1134,10 +1016,10 @@ class Config:
     grouping: Literal["official", "all"] = knob(
         "official", "VL-RewardBench: 'all' also prints the two wrong groupings of public code, "
         "under which papers report")
-    report: str | None = knob(None, "write one self-contained page: table, curves, and rows with "
-                              "pictures and answers, flips and failures first", metavar="PAGE.html")
+    report: str | None = knob(None, "write one self-contained page: tables, and rows with pictures "
+                              "and answers, flips and failures first", metavar="PAGE.html")
     report_rows: int = knob(200, "rows on that page")
-    runs: list[str] = knob([], "run folders whose learning curves go on that page")
+    runs: list[str] = knob([], "run folders whose groups and learning curves go on that page")
 
     def check(self):
         with_data = self.data and (self.model or self.score)
@@ -1150,6 +1032,10 @@ class Config:
             raise ValueError('--score needs every row: "row" counts them all')
         if self.attempts and not (self.model and self.data and self.out):
             raise ValueError("--attempts needs --model, --data and --out")
+        if self.api and (not self.api.startswith("http") or len(self.model) != 1 or self.table
+                         or self.api_workers < 1 or common.world() > 1):
+            raise ValueError("--api takes a URL, http://..., one --model and --api_workers of at "
+                             "least 1, and neither --table nor torchrun")
         if len(self.score) > 2:
             raise ValueError("--score takes one file, or two to compare")
 
@@ -1207,7 +1093,12 @@ def finish(args, rows, files):
               f"questions that the first judges better {result['first_better']}, the second "
               f"{result['second_better']}; sign test over questions p {result['sign_test_p']:.3g}")
     if args.report:
-        write_report(args, results, judges[0])
+        sections = [report.groups_section(args.runs)]
+        for name, figures in results.items():
+            sections.append(report.result_section(name, figures, columns_of(figures)))
+        sections.append(report.curves_section(args.runs))
+        sections.append(report.rows_section(judges[0], args.report_rows))
+        report.write_page(args.report, f"{args.benchmark}: {args.data}", sections)
     if args.json:
         print(json.dumps({**result, "model": ", ".join(files), "benchmark": args.benchmark,
                           "data": args.data, "votes": args.votes, "form": args.form,
@@ -1263,8 +1154,8 @@ def attempts(args, device):
     the reasoning of the first right answer as "rationale" (for stage 0). The order shown is a coin;
     a row with a new rationale is written in that order, so that no name in it has to change.
     DEVIATION: R1-Reward samples at temperature 0, where a second try is the first."""
-    model, encoder = common.load(args.model[0], device, frames=args.frames,
-                                 max_tiles=args.max_tiles, style=args.style)
+    loaded = load_judge(args.model, args, device)
+    encoder = loaded[0][1]
     rows = load_rows(args.data, encoder, args.form, args.max_prompt_tokens,
                      args.skip_bad_rows)
 
@@ -1273,9 +1164,8 @@ def attempts(args, device):
 
     def attempts_needed(chunk, at):
         shown = [as_shown(row) for row in chunk]
-        preds = common.judge(model, encoder, shown, sample_group, args.form, args.attempts,
-                             args.temperature, args.max_new_tokens, args.batch_size, args.seed,
-                             orders=("AB",), desc="attempts")
+        preds = written_verdicts(loaded, shown, args, args.attempts, ("AB",), "attempts")
+        api.print_failures(preds)
         found = [{"attempts": args.attempts + 1} for _ in chunk]
         for n in reversed(range(len(preds))):  # the first right answer has the last word
             at, attempt = divmod(n, args.attempts)
@@ -1287,11 +1177,13 @@ def attempts(args, device):
         return found
 
     names = ("attempts", "temperature", "max_new_tokens", "seed", "form", "style", "batch_size",
-             "frames", "max_tiles")
+             "frames", "max_tiles", "api")
     made_by = {name: getattr(args, name) for name in names}
     made_by["model"] = common.stamps(*args.model)
-    answers = common.resumed(Path(args.out).with_suffix(".attempts.jsonl"), made_by, rows,
-                             attempts_needed, chunk=8 * args.batch_size)
+    progress = Path(args.out).with_suffix(".attempts.jsonl")
+    if args.api:
+        encoder.keep_answers(progress)
+    answers = common.resumed(progress, made_by, rows, attempts_needed, chunk=8 * args.batch_size)
     written, needed = [], Counter()
     for row, found in zip(rows, answers, strict=True):
         if "rationale" in found:

@@ -47,6 +47,8 @@ class Config:
     form: Literal["pixels", "caption"] = knob("pixels", "'caption': captions in place of media")
     frames: int = knob(8, "frames per video, evenly spaced")
     max_tiles: int = knob(12, "tiles per image; fewer save memory")
+    max_pixels: int = knob(0, "of an image for Qwen-VL, kept by the checkpoint for what follows; "
+                           "0: as it says (MSRL's script: 1003520, R1-Reward's: 501760)")
     max_prompt_tokens: int = knob(2048, "longer prompts are skipped and counted, never cut")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
     exclude: str = knob("", "benchmark files; training rows that are in them too are left out "
@@ -56,6 +58,9 @@ class Config:
     micro_batch: int = knob(32, "rows per forward; changes memory, not the gradient")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     freeze_vision: bool = knob(True, "freeze vision tower and projector (paper: yes, text only)")
+    lora_rank: int = knob(0, "train a LoRA adapter of this rank, not the weights; 0 = off. On all "
+                          "linear layers but the head, those of the vision tower unless it is "
+                          "frozen. Needs peft, and about 10 times the --lr (UNSPECIFIED in MSRL)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
 
     # evaluation on held-out rows, and saved states
@@ -78,13 +83,12 @@ def paper(args):
     return PAPER | (PAPER_LABEL if args.target == "label" else {})
 
 
-def answer_nll(model, ids, mask, labels, pixels):
+def answer_nll(model, ids, mask, positions, labels, media):
     """-> summed negative log-likelihood of the answer tokens, and how many there are."""
-    media = {} if pixels is None else {"pixel_values": pixels}
     # the head is applied from the first column on that any answer has
     keep = labels.shape[1] - int((labels >= 0).any(0).nonzero()[0])
     with common.autocast(ids.device):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False,
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
                        logits_to_keep=keep + 1, **media).logits                # [b, keep+1, V]
     nll = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, -keep:].flatten(),
                           ignore_index=-100, reduction="sum")
@@ -100,20 +104,23 @@ def target_text(row, target, style="msrl"):
 
 
 def collate(prompts, answers, pad_id, device):
-    """b prompts and their answers' ids -> ids [b, L], mask [b, L], labels [b, L] (-100 outside the
-    answer), pixels or None. Prompt on the left, answer right after it, padding on the right."""
+    """b prompts and their answers' ids -> ids [b, L], mask [b, L], positions [b, L] (Qwen-VL:
+    [3, b, L]), labels [b, L] (-100 outside the answer), media. Prompt on the left, answer right
+    after it, padding on the right."""
     width = max(len(p.ids) + len(answer) for p, answer in zip(prompts, answers, strict=True))
-    ids, mask, labels, pixels = [], [], [], []
+    ids, mask, positions, labels = [], [], [], []
     for prompt, answer in zip(prompts, answers, strict=True):
         length = len(prompt.ids) + len(answer)
         padding = width - length
         ids.append(prompt.ids + answer + [pad_id] * padding)
         mask.append([1] * length + [0] * padding)
+        after = prompt.following(width - len(prompt.ids))
+        after = after.expand(*prompt.positions.shape[:-1], -1)
+        positions.append(torch.cat([prompt.positions, after], -1))
         labels.append([-100] * len(prompt.ids) + answer + [-100] * padding)
-        if prompt.pixels is not None:
-            pixels.append(prompt.pixels)
     return (torch.tensor(ids, device=device), torch.tensor(mask, device=device),
-            torch.tensor(labels, device=device), torch.cat(pixels).to(device) if pixels else None)
+            torch.stack(positions, -2).to(device), torch.tensor(labels, device=device),
+            common.media_of(prompts, device))
 
 
 def finetune(model, encoder, rows, target, heldout, state, cfg, stage, may_swap, sample):
@@ -123,6 +130,8 @@ def finetune(model, encoder, rows, target, heldout, state, cfg, stage, may_swap,
     device = next(model.parameters()).device
     if cfg.freeze_vision:
         common.freeze_vision(model)
+    if cfg.lora_rank:
+        common.add_adapter(model, cfg.lora_rank, cfg.seed)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     warn_of_long_targets(rows, target, encoder, cfg)
@@ -192,7 +201,8 @@ def main():
     device = common.start_processes(cfg.batch_size)
     state = common.open_run(cfg.out, cfg)
     model, encoder = common.load(cfg.model, device, made_by=Config.model, style=cfg.style,
-                                 frames=cfg.frames, max_tiles=cfg.max_tiles)
+                                 frames=cfg.frames, max_tiles=cfg.max_tiles,
+                                 max_pixels=cfg.max_pixels)
 
     limits = cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows
     rows = load_rows(cfg.data, encoder, *limits, cfg.exclude)
@@ -246,14 +256,15 @@ def generate_greedily(model, encoder, prompts, group_size=1, temperature=0.0, ma
     assert group_size == 1 and temperature == 0
     model.eval()
     device = next(model.parameters()).device
-    ids, mask, pixels = common.left_pad(prompts, encoder.pad_id, device)              # [B, P]
-    more = {} if pixels is None else {"pixel_values": pixels}
+    ids, mask, positions, media = common.left_pad(prompts, encoder.pad_id, device)    # [B, P]
+    more = {}
     if encoder.image_token_id is not None:
         more["suppress_tokens"] = [encoder.image_token_id]
     with common.autocast(device):
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens,
-                             do_sample=False, eos_token_id=encoder.eos_ids,
-                             pad_token_id=encoder.pad_id, **more)
+        out = model.generate(input_ids=ids, attention_mask=mask, position_ids=positions,
+                             max_new_tokens=max_new_tokens, do_sample=False,
+                             eos_token_id=encoder.eos_ids, pad_token_id=encoder.pad_id,
+                             **media, **more)
     answers = []
     for answer in out[:, ids.shape[1]:].tolist():
         ends = [t for t, token in enumerate(answer) if token in encoder.eos_ids]

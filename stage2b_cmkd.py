@@ -56,6 +56,7 @@ class Config:
                                               "reads captions")
     frames: int = knob(8, "frames per video, evenly spaced")
     max_tiles: int = knob(12, "tiles per image; fewer save memory")
+    max_pixels: int = knob(0, "of an image for Qwen-VL, see stage 0; 0: as the checkpoint says")
     max_prompt_tokens: int = knob(2048, "longer prompts are skipped and counted, never cut")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
     exclude: str = knob("", "benchmark files; training rows that are in them too are left out "
@@ -72,6 +73,9 @@ class Config:
     micro_batch: int = knob(16, "rows per forward; changes memory, not the gradient")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     freeze_vision: bool = knob(False, "freeze vision tower and projector (paper: no)")
+    lora_rank: int = knob(0, "train a LoRA adapter of this rank, not the weights; 0 = off. On all "
+                          "linear layers but the head, those of the vision tower unless it is "
+                          "frozen. Needs peft, and about 10 times the --lr (UNSPECIFIED in MSRL)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
 
     # evaluation on held-out rows, and saved states
@@ -110,7 +114,7 @@ def distill(model, encoder, rows, cfg):
     -> a list parallel to rows."""
     device = next(model.parameters()).device
     settings = ("model", "seed", "samples", "temperature", "frames", "rollout_batch",
-                "max_new_tokens", "max_tiles")
+                "max_new_tokens", "max_tiles", "max_pixels")
     made_by = {name: getattr(cfg, name) for name in settings}
     made_by["checkpoint"] = common.stamps(cfg.model)
 
@@ -176,7 +180,8 @@ def main():
         raise SystemExit(f"{cfg.model} was trained with --style r1; a <caption> belongs to MSRL's "
                          "templates only.")
     model, student = common.load(cfg.model, device, made_by=Config.model, frames=cfg.frames,
-                                 max_tiles=cfg.max_tiles, style=cfg.style)
+                                 max_tiles=cfg.max_tiles, max_pixels=cfg.max_pixels,
+                                 style=cfg.style)
     teacher = copy.copy(student)  # the same model is both; they may be asked in different words
     teacher.style = "msrl"
     # what can fail comes before hours of sampling: both prompts are measured, in their own words

@@ -19,7 +19,6 @@ Shapes: B prompts, G answers each, N = B*G, T tokens, P prompt length, C answer 
 vocabulary, S = the lengths of one prompt's G answers added up; `b` is B within a micro-batch.
 """
 
-import copy
 import math
 import time
 from collections import Counter
@@ -64,6 +63,7 @@ class Config:
                      "several files, separated by commas. Paper: 20k rows of Table 5")
     frames: int = knob(8, "frames per video, evenly spaced")
     max_tiles: int = knob(12, "tiles per image; fewer save memory")
+    max_pixels: int = knob(0, "of an image for Qwen-VL, see stage 0; 0: as the checkpoint says")
     heldout: str = knob(HELDOUT, "rows judged before and after; '' for none")
     out: str = knob("runs/stage3_mm_grpo", "run folder; the same command resumes it")
     seed: int = knob(0, "of the data order and of sampling")
@@ -121,6 +121,9 @@ class Config:
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     freeze_vision: bool = knob(False, "freeze vision tower and projector. Paper: in stage 1, not "
                                "from 2 on; its script: in 1 and 2")
+    lora_rank: int = knob(0, "train a LoRA adapter of this rank, not the weights; 0 = off. On all "
+                          "linear layers but the head, those of the vision tower unless it is "
+                          "frozen. Needs peft, and about 10 times the --lr (UNSPECIFIED in MSRL)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
 
     # evaluation on held-out rows, and logs
@@ -330,11 +333,13 @@ def main():
     state = common.open_run(cfg.out, cfg)
 
     # ------------------------------------------------------------------------------ model and data
-    model, encoder = common.load(cfg.model, device, made_by=Config.model, style=cfg.style,
-                                 frames=cfg.frames, max_tiles=cfg.max_tiles)
-    ref = copy.deepcopy(model).requires_grad_(False) if cfg.beta > 0 else None
+    model, encoder = common.load(cfg.model, device, made_by=Config.model, max_tiles=cfg.max_tiles,
+                                 style=cfg.style, frames=cfg.frames, max_pixels=cfg.max_pixels)
     if cfg.freeze_vision:
         common.freeze_vision(model)
+    if cfg.lora_rank:
+        common.add_adapter(model, cfg.lora_rank, cfg.seed)
+    ref = common.reference(model) if cfg.beta > 0 else None
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = common.make_optimizer(model, cfg.lr)
@@ -404,11 +409,15 @@ def main():
         if common.rank() == 0:
             common.append(Path(cfg.out, "metrics.jsonl"), {"step": done, **metrics})
             if cfg.log_rollouts_every and step % cfg.log_rollouts_every == 0:
+                b = (advantage != 0).any(1).int().argmax().item()  # first with a signal, else 0
                 common.append(Path(cfg.out, "rollouts.jsonl"), {
-                    "step": done, "id": batch[0]["id"], "label": batch[0]["label"],
-                    "prompt": common.render(batch[0], FORM, cfg.style), "answers": texts[0],
-                    "rewards": {name: values[0].tolist() for name, values in scores.items()},
-                    "advantages": advantage[0].tolist(), "kept": keep[0].tolist()})
+                    "step": done, "id": batch[b]["id"], "label": batch[b]["label"],
+                    "media": batch[b]["media"], "answers": texts[b],
+                    "prompt": common.render(batch[b], FORM, cfg.style),
+                    "rewards": {name: values[b].tolist() for name, values in scores.items()},
+                    "reward": rewards[b].tolist(), "advantages": advantage[b].tolist(),
+                    "kept": keep[b].tolist(), **logged_tokens(
+                        model, encoder, prompts[b], rollout.ids[b], rollout.logp[b], cfg)})
             if done % cfg.save_every == 0 or done == cfg.max_steps:
                 common.save_state(cfg.out, model, optimizer, done, cfg, **saved)
         bar.set_postfix(reward=f"{metrics['reward']:.3g}", kl=f"{metrics.get('kl', 0):.3g}",
@@ -454,10 +463,8 @@ def sample_group(model, encoder, prompts, group_size, temperature, max_new_token
     paper; its script leaves its framework's top-p 0.9 and top-k 50, and scores without them."""
     model.eval()  # also turns gradient checkpointing off, which would silently disable the cache
     device = next(model.parameters()).device
-    ids, mask, pixels = common.left_pad(prompts, encoder.pad_id, device)              # [B, P]
-    media = {} if pixels is None else {"pixel_values": pixels}
+    ids, mask, positions, media = common.left_pad(prompts, encoder.pad_id, device)    # [B, P]
     eos = torch.tensor(encoder.eos_ids, device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = common.decoding_cache()
     with common.autocast(device):
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
@@ -465,7 +472,8 @@ def sample_group(model, encoder, prompts, group_size, temperature, max_new_token
     cache.batch_repeat_interleave(group_size)                                         # [N, ...]
     logits = out.logits[:, -1].repeat_interleave(group_size, 0)                       # [N, V]
     mask = mask.repeat_interleave(group_size, 0)                                      # [N, P]
-    position = mask.sum(1, keepdim=True)                                              # [N, 1]
+    # the next token's; Qwen-VL's positions have three parts: [3, N, 1]
+    position = (positions[..., -1:] + 1).repeat_interleave(group_size, -2)            # [N, 1]
     n = len(mask)
     tokens = torch.full((n, max_new_tokens), -1, device=device)
     logps = torch.zeros(n, max_new_tokens, device=device)
@@ -485,7 +493,7 @@ def sample_group(model, encoder, prompts, group_size, temperature, max_new_token
         if alive.sum() <= 0.75 * len(alive):  # compaction: finished rows leave the batch
             keep = alive.nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            token, mask, position = token[keep], mask[keep], position[keep]
+            token, mask, position = token[keep], mask[keep], position[..., keep, :]
             row, alive = row[keep], alive[keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)                     # [rows, P+t+1]
         with common.autocast(device):
@@ -518,9 +526,9 @@ def pack(prompts, answers, pad_id, device):
         source           2  3  2  5  6        the place whose logits predict this answer token
 
     A token sees itself and what is before it in the prompt and in its own answer, no other answer.
-    -> ids, positions [b, L], attention mask [b, 1, L, L], source [b, S] counted from the prompt's
-    last token, target ids [b, S], owner [b, S] and pixels; L = P + S."""
-    ids, mask, pixels = common.left_pad(prompts, pad_id, device)                       # [b, P]
+    -> ids, positions [b, L] (Qwen-VL: [3, b, L]), attention mask [b, 1, L, L], source [b, S]
+    counted from the prompt's last token, target ids [b, S], owner [b, S] and media; L = P + S."""
+    ids, mask, positions, media = common.left_pad(prompts, pad_id, device)             # [b, P]
     b, width = ids.shape
     longest = max(sum(len(answer) for answer in group) for group in answers)
     tail = torch.full((b, longest), pad_id, device=device)                             # [b, S]
@@ -533,14 +541,14 @@ def pack(prompts, answers, pad_id, device):
             n = len(answer)
             tail[i, at:at + n] = torch.tensor(answer, device=device)
             owner[i, at:at + n] = g
-            place[i, at:at + n] = len(prompts[i].ids) + torch.arange(n, device=device)
+            place[i, at:at + n] = prompts[i].following(n)
             source[i, at + 1:at + n] = torch.arange(at + 1, at + n, device=device)     # first: 0
             at += n
     full = torch.cat([mask - 1, owner], 1)                                             # [b, L]
-    positions = torch.cat([(mask.cumsum(1) - 1).clamp(min=0), place], 1)
+    positions = torch.cat([positions, place.expand(*positions.shape[:-1], -1)], -1)
     q, k = full[:, :, None], full[:, None, :]
     sees = ((k == 0) | (k == q)).tril()  # padding sees padding: no empty row, no NaN
-    return torch.cat([ids, tail], 1), positions, sees[:, None], source, tail, owner, pixels
+    return torch.cat([ids, tail], 1), positions, sees[:, None], source, tail, owner, media
 
 
 def packed_logps(model, encoder, prompts, answers, temperature):
@@ -549,9 +557,8 @@ def packed_logps(model, encoder, prompts, answers, temperature):
     The prompt is computed once for its G answers: P + G*C tokens instead of G*(P + C). The head
     works from the prompt's last token on, and log-softmax is logits minus logsumexp in fp32."""
     device = next(model.parameters()).device
-    ids, positions, sees, source, target, owner, pixels = pack(prompts, answers, encoder.pad_id,
-                                                               device)
-    media = {} if pixels is None else {"pixel_values": pixels}
+    ids, positions, sees, source, target, owner, media = pack(prompts, answers, encoder.pad_id,
+                                                              device)
     masks = common.layer_masks(model, sees, positions)
     with common.autocast(device):
         logits = model(input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=False,
@@ -570,6 +577,25 @@ def token_values(values, owner):
     flat = [value for group in values for answer in group for value in answer]
     places = torch.zeros(owner.shape, device=owner.device)
     return places.masked_scatter(owner > 0, torch.tensor(flat, device=owner.device))
+
+
+@torch.no_grad()
+def logged_tokens(model, encoder, prompt, answers, sampled, cfg):
+    """For rollouts.jsonl: one prompt's answers [G] and the log-probs their tokens were sampled with
+    -> {"tokens": the text each token adds, "logp_sampled", "logp_after": the step}, [G] lists."""
+    model.eval()  # as in sampling
+    logp, _, owner = packed_logps(model, encoder, [prompt], [answers], cfg.temperature)  # [1, S]
+    log = {"tokens": [], "logp_sampled": [], "logp_after": []}
+    for g, ids in enumerate(answers, 1):
+        tokens, before = [], ""
+        for n in range(1, len(ids) + 1):  # not one by one: a character may be several tokens
+            text = encoder.tokenizer.decode(ids[:n], skip_special_tokens=False).rstrip("\ufffd")
+            tokens.append(text[len(before):])
+            before = text
+        log["tokens"].append(tokens)
+        log["logp_sampled"].append([round(value, 5) for value in sampled[g - 1]])
+        log["logp_after"].append([round(value, 5) for value in logp[owner == g].tolist()])
+    return log
 
 
 def describe(rollout, texts, scores, every_reward, keep, encoder):

@@ -103,8 +103,11 @@ def judge(folder, form, rows, files="heldout", blank=False):
         ids = encoder.answer_ids("<caption>\n</caption>\n")[:-1]
 
         def sample(model, encoder, prompts, *args):
-            begun = [replace(p, ids=p.ids + ids) if blank and p.pixels is not None else p
-                     for p in prompts]
+            begun = []
+            for prompt in prompts:
+                if blank and prompt.pixels is not None:
+                    prompt = replace(prompt, ids=prompt.ids + ids, positions=None)
+                begun.append(prompt)
             return sample_group(model, encoder, begun, *args)
         result = {}
         for task in common.TASKS:

@@ -14,6 +14,11 @@ pays. Its harmless prompts, where to refuse is wrong, are only judged: who learn
 
 Prompts go to train, validation and held-out by a hash; settings were chosen by the rewards in
 training. What is finished is not run again.
+
+NOT SHOWN YET: no run with these settings has been finished. What was tried, from verdicts that were
+coins: at 1e-5 stage 1 broke the form within four steps; at 2e-6, 8 prompts x 4, training accuracy
+rose from 0.50 to 0.72 in ten steps, then every group said one thing (frac_reward_zero_std 1) and it
+fell to 0.38. Sampler and packed forward differed by 1e-6 nats throughout.
 """
 
 import argparse

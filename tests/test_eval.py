@@ -1,6 +1,6 @@
 """
 The evaluator: every benchmark's figures against cases worked by hand or by a slow loop, in the
-published form; judging with fake judges; ranking; the page. "kills:" names wrong versions of
+published form; judging with fake judges; ranking. "kills:" names wrong versions of
 eval.py under which the test fails.
 """
 
@@ -10,10 +10,7 @@ import itertools
 import json
 import math
 import random
-import shutil
-import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -910,6 +907,45 @@ def test_every_benchmark_is_judged_in_place(name, run, monkeypatch):
     assert (got["overall"], got["order_flips"], got["share_a"]) == (pytest.approx(1), 0, 0.5)
 
 
+def test_table(monkeypatch, capsys):
+    """A line for each checkpoint, a column for each task, --rows of its held-out rows in both
+    orders. kills: all rows; one order; the columns of another task; one judge for all lines."""
+    for task in common.TASKS:
+        rows = [row(n, id=f"{task}-{n}") for n in range(5)]  # told apart by their ids alone
+        write(f"toy/heldout_{task}.jsonl", rows)
+    for name in ("right", "first"):
+        write(f"{name}/config.json", {})
+    asked = []
+
+    def predictions_of(loaded, rows, args):
+        asked.append((args.model[0], rows[0]["id"].split("-")[0], len(rows)))
+        preds = []
+        for at, shown in enumerate(rows):
+            right = args.model == ["right"] and "video" not in shown["id"]
+            for order in ("AB", "BA"):
+                preds.append({"at": at, "id": shown["id"], "order": order, "sample": 0,
+                              "pred": shown["label"] if right else order[0]})
+        return preds
+    judge = Judge(monkeypatch, finds_good)
+    judge.image_token_id = 5
+    monkeypatch.setattr(ev, "predictions_of", predictions_of)
+    folders = ["right", "first", "none"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--table", *folders, "--rows", "4"])
+    ev.main()
+    printed = capsys.readouterr()
+    table = printed.out.splitlines()[-4:]
+    assert table[0].startswith("| checkpoint | text | image understanding |")
+    assert table[2] == "| right | 100.0 | 100.0 | 100.0 | 50.0 | 50.0 |"
+    assert table[3] == "| first | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 |"
+    assert asked == [(m, t, 4) for m in ("right", "first") for t in common.TASKS]
+    assert "none: no checkpoint" in printed.err
+    judge.image_token_id = None  # a text-only model
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--table", "right", "--rows", "0"])
+    ev.main()
+    assert asked[len(asked) - 1:] == [("right", "text", 5)]
+    assert capsys.readouterr().out.splitlines()[-1] == "| right | 100.0 | - | - | - | - |"
+
+
 def test_a_killed_run_goes_on(run, monkeypatch):
     """Nothing is judged twice, a line cut in the middle and votes of half a row are judged again.
     kills: --out overwritten; the cut line kept; rows of other settings mixed in."""
@@ -1248,72 +1284,6 @@ def test_rank_with_reward_models(run, reward_models):
     assert got["rewards"][:2] == pytest.approx(rate(5.5)) and got["ranking"] == [1, 0, 2]
     spread = abs(rate(1)[1] - rate(10)[1]) / 2  # two models: std / sqrt(2) is half the distance
     assert got["standard_errors"][1] == pytest.approx(spread) and got["judgements"] == 3
-
-
-# ----------------------------------------------------------------------------------------- the page
-class Page(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.tags, self.values, self.text = [], [], ""
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.values += [(tag, k, v) for k, v in attrs]
-
-    def handle_data(self, data):
-        self.text += data
-
-
-EVIL = ['<script>alert(1)</script>', '<img src=x onerror=alert(1)>', '"><svg onload=alert(1)>',
-        "</pre></details><iframe src='http://evil'>", "javascript:alert(1)", "&lt;b&gt; 😀"]
-
-
-def test_the_page_holds_text_as_text(run):
-    """Read back by a parser: what data says appears as text, no tag or attribute comes from it, and
-    nothing is fetched. kills: a field left unescaped; failures last."""
-    picture("images/i.png")
-    rows = [vl(f"mmmu_{n}<b>{evil}", query=evil, response=[evil, "fine"], image="images/i.png")
-            for n, evil in enumerate(EVIL)]
-    rows.append(vl("mmmu_<flip>"))
-    write("data.json", rows)
-    preds = [{"id": r["id"], "pred": "A" if n else "B", "text": evil}
-             for n, (r, evil) in enumerate(zip(rows, EVIL, strict=False))]
-    preds += [{"id": "mmmu_<flip>", "order": o, "pred": p, "text": "t"} for o, p in (("AB", "A"),
-                                                                                   ("BA", "B"))]
-    write("runs/<x>/metrics.jsonl", [{"step": s, "reward": s / 7, "kl": math.nan}
-                                     for s in range(5)])
-    scored(run, "vl_rewardbench", "data.json", preds, "--report", "page.html", "--runs", "runs/<x>")
-    source = Path("page.html").read_text()
-    page = Page()
-    page.feed(source)
-    assert set(page.tags) <= {
-        "html", "head", "meta", "title", "style", "body", "h1", "h2", "table", "tr", "th", "td",
-        "p", "pre", "div", "b", "svg", "details", "summary", "img", "text", "polyline"}
-    assert not [v for v in page.values if v[1].startswith("on") or "javascript" in str(v[2])]
-    assert all(v.startswith("data:image/jpeg") for tag, k, v in page.values if k in ("src", "href"))
-    assert "default-src 'none'" in dict((k, v) for t, k, v in page.values if t == "meta")["content"]
-    assert all(page.text.count(evil) >= 4 for evil in EVIL)  # id, prompt, response, answer
-    assert page.tags.count("img") == len(rows) and page.tags.count("polyline") == 1
-    order = [v for tag, k, v in page.values if tag == "details"]
-    assert order[0] == "flip" and order[1] == "wrong" and set(order[2:]) == {"right"}
-
-
-BROWSERS = "chromium", "chromium-browser", "google-chrome"
-CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), "")
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
-def test_the_page_in_a_browser(run):
-    """A script that ran would have changed the title; a row that was swallowed would be missing."""
-    evil = "<script>document.title='ran'</script><img src=x onerror=\"document.title='ran'\">"
-    write("data.json", [vl("mmmu_1", query=evil, response=[evil, "fine"])])
-    scored(run, "vl_rewardbench", "data.json", [{"id": "mmmu_1", "pred": "B", "text": evil}],
-           "--report", "page.html")
-    dom = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
-                          Path("page.html").resolve().as_uri()], capture_output=True, text=True,
-                         timeout=60).stdout
-    title = dom.partition("<title>")[2].partition("</title>")[0]
-    assert title.startswith("vl_rewardbench") and dom.count("<details") == 1
 
 
 # ----------------------------------------------------------------------------------------- attempts

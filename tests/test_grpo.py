@@ -518,7 +518,7 @@ def test_the_frame_of_the_wrong_packings_is_right(world, monkeypatch):
 def test_each_packing_of_the_docstring():
     # kills: source counted from the start of the answers, positions of one answer running on
     prompt = common.Prompt([7, 8, 9], None)
-    ids, positions, sees, source, target, owner, pixels = stage1.pack(
+    ids, positions, sees, source, target, owner, media = stage1.pack(
         [prompt, common.Prompt([5], None)], [[[1, 2], [3, 4, 5]], [[6], [1]]], 0, "cpu")
     assert ids.tolist() == [[7, 8, 9, 1, 2, 3, 4, 5], [0, 0, 5, 6, 1, 0, 0, 0]]
     assert positions[0].tolist() == [0, 1, 2, 3, 4, 3, 4, 5]
@@ -529,7 +529,7 @@ def test_each_packing_of_the_docstring():
     assert sees[0, 0, 6].tolist() == [True] * 3 + [False] * 2 + [True] * 2 + [False]
     assert sees[1, 0, 4].tolist() == [False, False, True, False, True, False, False, False]
     assert sees.any(-1).all(), "a row that sees nothing is NaN in some attention kernels"
-    assert not sees.triu(1).any() and pixels is None
+    assert not sees.triu(1).any() and not media
 
 
 def test_scored_distribution(world):
@@ -574,8 +574,7 @@ def compactions(monkeypatch):
 
 
 def generate(world, encoder, prompts, n):
-    ids, mask, pixels = common.left_pad(prompts, encoder.pad_id, "cpu")
-    media = {} if pixels is None else {"pixel_values": pixels}
+    ids, mask, _, media = common.left_pad(prompts, encoder.pad_id, "cpu")
     out = world.model.generate(
         input_ids=ids, attention_mask=mask, **media, max_new_tokens=n, do_sample=False,
         suppress_tokens=[encoder.image_token_id], eos_token_id=encoder.eos_ids,
@@ -1261,7 +1260,7 @@ def test_sft_targets(world):
     # rationale. kills: the other label, "A" for every row, two EOS
     for target in ("rationale", "label"):
         rows, cfg = sft_case(world, target)
-        ids, mask, labels, _ = sft_batch(world.encoder, rows, cfg)
+        ids, mask, _, labels, _ = sft_batch(world.encoder, rows, cfg)
         assert len({r["label"] for r in rows}) == 2
         for i, row in enumerate(rows):
             taught = labels[i][labels[i] >= 0].tolist()

@@ -32,14 +32,17 @@ def test_the_prebuilt_backbone_reads_and_compares_but_does_not_judge():
     assert len(files) == 1 and files[0].stat().st_size <= 2e6
     got = toy_world.check(n=100, quiet=True)
     reading = {k: v for k, v in got.items() if not k.startswith("verdict")}
-    assert len(reading) == 12 and min(reading.values()) >= 95, reading
+    assert len(reading) == 16 and min(reading.values()) >= 90, reading
+    described = [v for k, v in reading.items() if not k.endswith("pixels")]  # in words first
+    assert len(described) == 12 and min(described) >= 95, reading
     judging = {k: v for k, v in got.items() if k.startswith("verdict")}
-    assert len(judging) == 9 and 45 <= min(judging.values()) <= max(judging.values()) <= 55, got
+    assert len(judging) == 13 and 45 <= min(judging.values()) <= max(judging.values()) <= 55, got
 
 
 def test_the_curriculum_learns(world, tmp_path):
     """Biased rationales -> text -> captions -> distillation -> pixels, as the README runs them but
-    with larger rates, fewer rows and smaller batches. What the whole measures is in the README."""
+    with larger rates, fewer rows and smaller batches. What the whole measures is in
+    tests/RESULTS.md."""
     tasks = toy_world.common.TASKS
     every = ",".join(f"{world}/heldout_{t}.jsonl:25" for t in tasks)
 
@@ -59,7 +62,7 @@ def test_the_curriculum_learns(world, tmp_path):
                       "--epochs", 1, "--batch_size", 16, "--lr", "4e-4")
     rl, biased, fair = stage(
         "stage1_text_grpo", sft, f"{world}/text_rl.jsonl:500", text,
-        "--batch_size", 16, "--max_steps", 14, "--lr", "1e-4", "--eval_every", 0)
+        "--batch_size", 16, "--max_steps", 24, "--lr", "8e-5", "--eval_every", 0)
     assert biased["format"] >= 0.98 and 0.55 <= biased["accuracy"] <= 0.80  # the annotators' bias
     assert fair["accuracy"] >= biased["accuracy"] + 0.10 and 0.4 <= fair["share_a"] <= 0.6
     judged = json.loads(run("eval.py", "--model", rl, "--data", text, "--json").splitlines()[-1])
@@ -67,7 +70,7 @@ def test_the_curriculum_learns(world, tmp_path):
 
     captions, before, after = stage(
         "stage2_caption_grpo", rl, f"{world}/caption_rl.jsonl:300", every, "--batch_size", 18,
-        "--max_steps", 12, "--lr", "1e-4", "--eval_every", 0,
+        "--max_steps", 24, "--lr", "8e-5", "--eval_every", 0,
         "--replay", f"{world}/text_rl.jsonl:60")
     assert visual(after) >= visual(before) + 0.03
 
@@ -79,6 +82,6 @@ def test_the_curriculum_learns(world, tmp_path):
         "stage3_mm_grpo", student, f"{world}/mm_rl.jsonl:200", every, "--batch_size", 12,
         "--max_steps", 6, "--lr", "1e-4", "--eval_every", 0)
     first = lines(pixels / "metrics.jsonl")[0]
-    assert first["rewards/format/mean"] >= 0.5  # 0 without distillation: it taught the <caption>
+    assert first["rewards/format/mean"] >= 0.5  # the <caption>, asked for and taught
     assert visual(before) >= 0.65 and visual(after) >= visual(before) - 0.06
     assert after["tasks"]["text"] >= before["tasks"]["text"] - 0.08

@@ -523,6 +523,7 @@ def test_log_agrees_with_the_answers(world, unbroken, tmp_path, monkeypatch):
         form = [float("B" in t) for t in r["answers"]]
         assert r["rewards"] == {"format": form, "accuracy": right} and len(right) == 5
         total = [0.2 * f + a for f, a in zip(form, right, strict=True)]
+        assert r["reward"] == pytest.approx(total)
         assert m["reward"] == pytest.approx(sum(total) / 5)
         assert m["rewards/accuracy/mean"] == pytest.approx(sum(right) / 5)
         assert m["frac_reward_zero_std"] == float(len(set(total)) == 1)
@@ -537,6 +538,82 @@ def test_log_agrees_with_the_answers(world, unbroken, tmp_path, monkeypatch):
         assert r["rewards"]["accuracy"] == right
     assert len({m["reward"] for m in metrics}) > 1
     assert any(0.5 != m["completions/clipped_ratio"] > 0 for m in metrics)
+
+
+def test_logging_groups_changes_nothing(world, unbroken, tmp_path):
+    # kills: a draw of the sampler's generator, a gradient, or an update between rollout and log
+    run_here(stage1.main, stage1_flags(world, tmp_path / "run", log_rollouts_every=0))
+    assert not (tmp_path / "run" / "rollouts.jsonl").exists()
+    assert same_weights(tmp_path / "run", unbroken)
+    assert [lasting(m) for m in lines(tmp_path / "run" / "metrics.jsonl")] == [
+        lasting(m) for m in lines(unbroken / "metrics.jsonl")]
+
+
+def test_a_logged_group_tells_what_the_step_did_to_its_tokens(world, tmp_path, monkeypatch):
+    # The model of each step, one answer at a time without packing, and what the sampler returned.
+    # kills: log-probs before the step for those after it, or of another prompt; tokens of one
+    # answer with the log-probs of the next; the sampler's temperature forgotten
+    out, real, rollouts = tmp_path / "run", stage1.sample_group, []
+
+    def watched(*args):
+        rollouts.append(real(*args))
+        return rollouts[-1]
+    monkeypatch.setattr(stage1, "sample_group", watched)
+    changed = 0.0
+    for step in (1, 2):
+        run_here(stage1.main, stage1_flags(world, out, max_steps=step, temperature=0.8))
+        model, encoder = common.load(out)
+        logged = lines(out / "rollouts.jsonl")[-1]
+        prompt = encoder.encode(logged["prompt"]).ids
+        texts = [[encoder.decode(ids) for ids in group] for group in rollouts[-1].ids]
+        b = texts.index(logged["answers"])
+        answers = rollouts[-1].ids[b]
+        assert logged["step"] == step and len(answers) == 5
+        for g, ids in enumerate(answers):
+            whole = encoder.tokenizer.decode(ids, skip_special_tokens=False)
+            assert "".join(logged["tokens"][g]) == whole and len(logged["tokens"][g]) == len(ids)
+            assert logged["logp_sampled"][g] == pytest.approx(rollouts[-1].logp[b][g], abs=1e-5)
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + ids])).logits[0].float() / 0.8
+            logits[:, encoder.image_token_id] = -torch.inf
+            logp = logits[len(prompt) - 1:-1].log_softmax(-1)
+            after = [logp[t, token].item() for t, token in enumerate(ids)]
+            assert logged["logp_after"][g] == pytest.approx(after, abs=1e-4)
+            changes = zip(after, logged["logp_sampled"][g], strict=True)
+            changed = max(changed, *[abs(a - b) for a, b in changes])
+    assert changed > 0.01, "the case does not bite"
+
+
+def test_the_logged_group_is_the_first_that_teaches(world, tmp_path, monkeypatch):
+    # Of 4 prompts only the third has answers of unequal reward; in the second step none has.
+    # kills: the first prompt, though its answers are alike, as most are late in a run
+    asked, batches, batch_of = [], [], common.batch_of
+
+    def reward(text, row):
+        asked.append(row["id"])
+        return float(len(asked) == 13)
+    monkeypatch.setattr(stage1, "REWARDS", {"format": reward, "accuracy": lambda text, row: 0.0})
+    monkeypatch.setattr(common, "batch_of", lambda *a: batches.append(batch_of(*a)) or batches[-1])
+    run_here(stage1.main, stage1_flags(world, tmp_path / "run", max_steps=2))
+    first, second = lines(tmp_path / "run" / "rollouts.jsonl")
+    assert (first["id"], second["id"]) == (batches[0][2]["id"], batches[1][0]["id"])
+    assert first["reward"] == first["rewards"]["format"] == [0, 0, 1, 0, 0]
+    assert first["label"] == batches[0][2]["label"] and second["advantages"] == [0.0] * 5
+
+
+def test_a_character_of_several_tokens_is_logged_once(loaded):
+    # kills: each token decoded alone, so that an umlaut is two broken characters
+    model, encoder = loaded
+    text = "é 😀 blue"
+    ids, prompt = encoder.answer_ids(text), encoder.encode("Why ?")
+    assert len(ids) > len(text), "the tokenizer has to go byte by byte here"
+    sampled = [[0.0] * len(ids), [0.0] * 4]
+    log = stage1.logged_tokens(model, encoder, prompt, [ids, ids[:4]], sampled,
+                               stage1.Config())
+    end = encoder.tokenizer.decode(ids[-1:])
+    assert "".join(log["tokens"][0]) == text + end and len(log["tokens"][0]) == len(ids)
+    assert log["logp_after"][1] == pytest.approx(log["logp_after"][0][:4], abs=1e-4)
+    assert "".join(log["tokens"][1]) == "é "  # and half a face is none
 
 
 # ----------------------------------------------------------------------------- real models and data

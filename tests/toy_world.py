@@ -3,7 +3,7 @@ The toy world: coloured shapes, a tiny InternVL that can read them, and preferen
 
     python tests/toy_world.py              write toy/ (backbone + rows + media), about half a minute
     python tests/toy_world.py --check      what the backbone can do, and what it cannot: judge
-    python tests/toy_world.py --rebuild    train the backbone anew, into toy/backbone, see README
+    python tests/toy_world.py --rebuild    train the backbone anew, into toy/backbone (RESULTS.md)
 
 A picture holds shapes at places, a video one shape that moves, a text says which person has what:
 

@@ -256,7 +256,7 @@ class Packed(NamedTuple):
     source: torch.Tensor     # [b, S]
     target: torch.Tensor     # [b, S]
     owner: torch.Tensor      # [b, S]
-    pixels: torch.Tensor | None
+    media: dict              # what the model takes besides, {} without media
 
 
 def pack(prompts, answers, pad_id, device):
@@ -283,9 +283,13 @@ def pack(prompts, answers, pad_id, device):
             begin = end
     query, key = owner[:, :, None], owner[:, None, :]
     sees = ((key == 0) | (key == query)).tril()[:, None]
-    pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
     return Packed(ids, positions, sees, source, ids[:, width:], owner[:, width:],
-                  torch.cat(pixels) if pixels else None)
+                  media_of(prompts))
+
+
+def media_of(prompts):
+    pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
+    return {"pixel_values": torch.cat(pixels)} if pixels else {}
 
 
 def real_tokens(packed, prompts):
@@ -345,7 +349,7 @@ def predicted_by_the_answer_before(*args):
 
 def images_rolled(*args):
     packed = pack(*args)
-    return packed._replace(pixels=packed.pixels.roll(1, 0))
+    return packed._replace(media={"pixel_values": packed.media["pixel_values"].roll(1, 0)})
 
 
 PACKINGS = {
@@ -445,8 +449,9 @@ SAMPLERS = {
 class Batch(NamedTuple):
     ids: torch.Tensor     # [b, L]
     mask: torch.Tensor    # [b, L]
+    positions: torch.Tensor  # [b, L]
     labels: torch.Tensor  # [b, L], -100 where nothing is learned
-    pixels: torch.Tensor | None
+    media: dict
 
 
 def prompt_hidden(prompt, answer):
@@ -472,9 +477,9 @@ def collator(label=prompt_hidden, pad=pad_right, hidden=lambda batch, pad_id: ba
             ids.append(pad_right(whole, width, pad_id))
             mask.append(pad_right([1] * len(whole), width, 0))
             labels.append(pad(label(prompt.ids, answer), width, -100))
-        pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
-        batch = Batch(torch.tensor(ids), torch.tensor(mask), torch.tensor(labels),
-                      torch.cat(pixels) if pixels else None)
+        batch = Batch(torch.tensor(ids), torch.tensor(mask),
+                      torch.arange(width).expand(len(ids), width), torch.tensor(labels),
+                      media_of(prompts))
         return batch._replace(labels=hidden(batch, pad_id))
     return collate
 
