@@ -326,7 +326,8 @@ def main():
     state = common.open_run(cfg.out, cfg)
 
     # ------------------------------------------------------------------------------ model and data
-    model, encoder = common.load(cfg.model, device, made_by=Config.model, style=cfg.style)
+    model, encoder = common.load(cfg.model, device, made_by=Config.model,
+                                 style=cfg.style)
     if cfg.freeze_vision:
         common.freeze_vision(model)
     if cfg.lora_rank:

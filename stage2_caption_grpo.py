@@ -59,8 +59,8 @@ class Config:
 
     # data
     model: str = knob("runs/stage1_text_grpo", "checkpoint to start from; also the KL reference")
-    data: str = knob("toy/caption_rl.jsonl", "preference rows with captions; several, separated "
-                     "by commas. Paper: 20k rows of Table 5")
+    data: str = knob("toy/caption_rl.jsonl", "preference rows with captions; several files, "
+                     "separated by commas. Paper: 20k rows of Table 5")
     captioner: str = knob("", "vision-language checkpoint that describes media without captions "
                           "(paper: GPT-5); written to captions.jsonl in the run folder")
     caption_prompt: str = knob("describe", "what it is asked; this is the toy backbone's word")
@@ -339,7 +339,8 @@ def main():
 
     # ------------------------------------------------------------------------------ model and data
     data = captioned(cfg, sample_group, device) if cfg.captioner else cfg.data
-    model, encoder = common.load(cfg.model, device, made_by=Config.model, style=cfg.style)
+    model, encoder = common.load(cfg.model, device, made_by=Config.model,
+                                 style=cfg.style)
     if cfg.freeze_vision:
         common.freeze_vision(model)
     if cfg.lora_rank:

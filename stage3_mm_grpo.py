@@ -59,8 +59,8 @@ class Config:
 
     # data
     model: str = knob("runs/stage2b_cmkd", "checkpoint to start from; also the KL reference")
-    data: str = knob("toy/mm_rl.jsonl", "preference rows with media, text rows welcome among them; "
-                     "several files, separated by commas. Paper: 20k rows of Table 5")
+    data: str = knob("toy/mm_rl.jsonl", "preference rows with media, or texts; several files, "
+                     "separated by commas. Paper: 20k rows of Table 5")
     frames: int = knob(8, "frames per video, evenly spaced")
     max_tiles: int = knob(12, "tiles per image; fewer save memory")
     max_pixels: int = knob(0, "of an image for Qwen-VL, see stage 0; 0: as the checkpoint says")
@@ -154,7 +154,7 @@ PAPER = dict(heldout="", micro_batch=1, rollout_batch=2, lr=1e-6, temperature=0.
              gradient_checkpointing=True, skip_bad_rows=True,
              # UNSPECIFIED: whether stages 2 and 3 share rows. These follow those of stage 2.
              data=TABLE_5.format("8000@5000", "2500@2500", "2639@2580", "2343@4323",
-                                        "2500@2500", "2056@2539"),
+                                 "2500@2500", "2056@2539"),
              batch_size=16, max_steps=1_252,
              max_prompt_tokens=8192, max_new_tokens=2048)  # two captions, and 2b's rationale
 
@@ -333,8 +333,9 @@ def main():
     state = common.open_run(cfg.out, cfg)
 
     # ------------------------------------------------------------------------------ model and data
-    model, encoder = common.load(cfg.model, device, made_by=Config.model, max_tiles=cfg.max_tiles,
-                                 style=cfg.style, frames=cfg.frames, max_pixels=cfg.max_pixels)
+    model, encoder = common.load(cfg.model, device, made_by=Config.model,
+                                 style=cfg.style, frames=cfg.frames, max_tiles=cfg.max_tiles,
+                                 max_pixels=cfg.max_pixels)
     if cfg.freeze_vision:
         common.freeze_vision(model)
     if cfg.lora_rank:

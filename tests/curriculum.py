@@ -111,8 +111,7 @@ def judge(folder, form, rows, files="heldout", blank=False):
             return sample_group(model, encoder, begun, *args)
         result = {}
         for task in common.TASKS:
-            data = load_rows(f"{ROOT}/toy/{files}_{task}.jsonl:{rows}", encoder, form,
-                             quiet=True)
+            data = load_rows(f"{ROOT}/toy/{files}_{task}.jsonl:{rows}", encoder, form, quiet=True)
             if scalar:
                 scores = bt_reward.score_rows(model, encoder, data)
                 right = sum("BA"[a > b] == row["label"]

@@ -72,6 +72,7 @@ def parse(script, args):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *args])
+        patch.setattr(common, "find_spec", lambda name: True)  # --lora_rank: peft may be missing
         patch.setattr(common, "parse_config", stop_after(common.parse_config))
         patch.setattr(argparse.ArgumentParser, "parse_args",
                       stop_after(argparse.ArgumentParser.parse_args))
