@@ -128,6 +128,8 @@ class Config:
     eval_batch: int = knob(128, "judgements decoded together")
     save_every: int = knob(20, "steps between saved states")
     log_rollouts_every: int = knob(10, "steps between whole groups written to rollouts.jsonl")
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = knob(
+        "none", "draws the curves of metrics.jsonl elsewhere, too, if it is installed")
 
     def check(self):
         compared = self.group_size  # the answers whose rewards an advantage compares
@@ -398,7 +400,7 @@ def main():
                                      sample_group)
             metrics["eval_accuracy"] = result["accuracy"]
         if common.rank() == 0:
-            common.append(Path(cfg.out, "metrics.jsonl"), {"step": done, **metrics})
+            common.log_step(cfg.out, {"step": done, **metrics}, cfg.tracker)
             if cfg.log_rollouts_every and step % cfg.log_rollouts_every == 0:
                 b = (advantage != 0).any(1).int().argmax().item()  # first with a signal, else 0
                 common.append(Path(cfg.out, "rollouts.jsonl"), {
