@@ -211,8 +211,8 @@ def test_a_model_that_samples_otherwise_than_it_trains_is_stopped(world, tmp_pat
     # kills: training on log-probs that are nats off, as with a window that the mask overrides
     real = stage1.packed_logps
 
-    def off(*args):
-        logp, *rest = real(*args)
+    def off(*args, **more):
+        logp, *rest = real(*args, **more)
         return logp - 4.6, *rest
     monkeypatch.setattr(stage1, "packed_logps", off)
     with pytest.raises(SystemExit, match="differ by 4.6 nats"):
