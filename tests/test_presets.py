@@ -171,7 +171,7 @@ def sets_of(data):
     return {re.sub(r":\d+$", "", source) for source in data.split(",")}
 
 
-def test_basereward_trains_on_seven_sets_that_can_be_had():
+def test_basereward_trains_on_the_sets_that_can_be_had():
     # Tables 4, 5 and 8: three multimodal ones and four of text, of which "Others" is not listed.
     # kills: MMIF, SHP, Omni-Align or Ultra-All, which are gray; sizes that are not Table 4's
     data = bt_reward.BASEREWARD["data"]
