@@ -752,7 +752,9 @@ def open_video(path, frames):
 
 
 def spread(n, frames, path):
-    """Indices of min(n, frames) of n frames, each in the middle of its share of the video."""
+    """Indices of min(n, frames) of n frames, each in the middle of its share of the video.
+    UNSPECIFIED: how the middle is rounded. transformers' video processor for InternVL rounds down,
+    its model card rounds twice: a frame or two beside ours."""
     if n == 0:
         raise BadRow(f"video {path} has no frames; replace the file")
     k = min(frames, n)
@@ -784,7 +786,9 @@ class Encoder:
         self.kind = config.model_type
         self.frames, self.max_tiles, self.style = frames or 8, max_tiles or 12, style
         self.image_token_id = getattr(config, "image_token_id", None)
-        self.special_tokens = tuple(self.tokenizer.all_special_tokens)
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = [token.content for token in added if token.special]  # 5.17 lists few of them
+        self.special_tokens = tuple(dict.fromkeys(self.tokenizer.all_special_tokens + special))
         self.forbidden = tuple(dict.fromkeys(FORBIDDEN + self.special_tokens))  # in users' texts
         self.image_processor = None
         if self.image_token_id is not None:
@@ -806,7 +810,7 @@ class Encoder:
             self.pad_id = self.eos_ids[0]
 
     def _declared_eos_ids(self, folder, config):
-        """Every declared end-of-sequence id ends an answer (InternVL declares two)."""
+        """Every declared end-of-sequence id ends an answer (InternVL3.5 declares one, Qwen two)."""
         declared = transformers.GenerationConfig.from_model_config(config).eos_token_id
         try:  # a folder's or a hub id's generation_config.json
             generation = transformers.GenerationConfig.from_pretrained(folder)
@@ -1051,12 +1055,24 @@ def load(folder, device="cpu", made_by="", **encoder_args):
                              f"{sorted(found['missing_keys'])[0]}")
         if len(encoder.answer_ids("A")) < 2:
             raise ValueError("the tokenizer is empty")
+        declare_tied(model)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         reason = (str(e).strip() or "?").splitlines()[0]
         raise SystemExit(f"{folder}: cannot be loaded as a checkpoint ({type(e).__name__}: "
                          f"{reason}). It must hold model, tokenizer and, for a vision model, "
                          f"image processor, as save_pretrained writes them{maker}.") from e
     return model.to(device).eval(), encoder
+
+
+def declare_tied(model):
+    """Make the config say whether head and embeddings are one weight, so that a checkpoint does.
+
+    That of InternVL3.5 has two, but its config.json only says so for the language model. As a
+    whole, transformers 5 takes it for tied: it reads both weights and keeps them apart, but would
+    write "tied", and vLLM, which believes that, would throw the head away."""
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = tied
 
 
 def decoding_cache():

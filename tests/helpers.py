@@ -97,6 +97,14 @@ def picture(colour, size=(40, 30)):
     return Image.new("RGB", size, colour)
 
 
+def noise(path, size, seed=0):
+    """An image file of random pixels, of (width, height)."""
+    levels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(levels).save(path)
+    return str(path)
+
+
 def write_video(path, n, size=(32, 32), format=None, codec="mpeg4", pixels="yuv420p", times=None):
     """n frames, the k-th of grey level 10 k; `times` in milliseconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
