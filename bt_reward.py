@@ -101,6 +101,8 @@ class Config:
     # looks and logs
     eval_batch: int = knob(128, "rows scored together")
     save_every: int = knob(100, "steps between saved states")
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = knob(
+        "none", "draws the curves of metrics.jsonl elsewhere, too, if it is installed")
 
     def check(self):
         if not 1 <= self.head_layers <= 5:
@@ -223,9 +225,10 @@ def train(cfg, device, out, rows=None):
         metrics = describe(common.gather_list(batch), common.gather_list(scores))
         bar.set_postfix(loss=f"{loss:.3f}", acc=f"{metrics['accuracy']:.2f}", refresh=False)
         if common.rank() == 0:
-            common.append(Path(out, "metrics.jsonl"), {
+            common.log_step(out, {
                 "step": step + 1, "loss": loss, "grad_norm": norm, "lr": rate, **metrics,
-                "step_time": time.time() - began, "peak_memory_gb": common.peak_memory_gb()})
+                "step_time": time.time() - began, "peak_memory_gb": common.peak_memory_gb()},
+                cfg.tracker)
             if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
                 common.save_state(out, model, optimizer, step + 1, cfg, **kept)
     after = evaluate(model, encoder, heldout, cfg, "after") if heldout else None

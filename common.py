@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from accelerate import PartialState
+from accelerate import PartialState, tracking
 from accelerate.utils import gather_object
 from PIL import Image
 from safetensors import SafetensorError
@@ -1406,6 +1406,9 @@ def parse_config(cls, description, paper=None):
     if lora_rank and find_spec("peft") is None:  # said before minutes of loading
         raise SystemExit(f"--lora_rank {lora_rank} needs peft, which is not installed: "
                          "pip install peft")
+    tracker = getattr(cfg, "tracker", "none")
+    if tracker != "none" and find_spec(tracker) is None:
+        raise SystemExit(f"--tracker {tracker} is not installed: pip install {tracker}")
     if hasattr(cfg, "check"):
         try:
             cfg.check()
@@ -1545,7 +1548,7 @@ def _permutation(n, seed, epoch):
 # The run folder. Whenever a run is killed, the same command goes on from what is there.
 
 MAY_CHANGE = ("out", "lr", "max_steps", "save_every", "eval_every", "eval_rows", "eval_batch",
-              "micro_batch", "log_rollouts_every", "skip_bad_rows")
+              "micro_batch", "log_rollouts_every", "skip_bad_rows", "tracker")
 
 
 def open_run(folder, config):
@@ -1592,6 +1595,27 @@ def _drop_log_after(folder, step):
         if rank() == 0 and (folder / name).exists():
             logged = whole_lines(folder / name)
             write_lines(folder / name, [line for line in logged if line["step"] <= step])
+
+
+def log_step(folder, metrics, tracker):
+    """One step's metrics -> a line of metrics.jsonl, and a point in the curves of a --tracker."""
+    append(Path(folder, "metrics.jsonl"), metrics)
+    if tracker != "none":
+        _tracker(tracker, str(folder)).log(metrics, step=metrics["step"])
+
+
+@lru_cache(maxsize=4)
+def _tracker(name, folder):
+    """accelerate's, started: TensorBoard's files lie in FOLDER/tensorboard, wandb and trackio have
+    one project, msrl, whose runs are named after their folders."""
+    if name == "tensorboard":
+        tracker = tracking.TensorBoardTracker("tensorboard", logging_dir=folder)
+    elif name == "wandb":
+        tracker = tracking.WandBTracker("msrl", name=folder)
+    else:
+        tracker = tracking.TrackioTracker("msrl", name=folder)
+    tracker.start()
+    return tracker
 
 
 def save_state(folder, model, optimizer, step, config, **kept):

@@ -67,6 +67,8 @@ class Config:
     max_new_tokens: int = knob(112, "of the held-out answers; targets with more are counted")
     eval_batch: int = knob(128, "judgements decoded together")
     save_every: int = knob(100, "steps between saved states")
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = knob(
+        "none", "draws the curves of metrics.jsonl elsewhere, too, if it is installed")
 
 
 PAPER = dict(model="OpenGVLab/InternVL3_5-8B-HF", data="nvidia/HelpSteer3", heldout="", lr=1e-5,
@@ -169,9 +171,10 @@ def finetune(model, encoder, rows, target, heldout, state, cfg, stage, may_swap,
         nll, = common.sum_over_ranks(nll)
         bar.set_postfix(loss=f"{nll:.3f}", refresh=False)
         if common.rank() == 0:
-            common.append(Path(cfg.out, "metrics.jsonl"), {
+            common.log_step(cfg.out, {
                 "step": step + 1, "loss": nll, "grad_norm": norm, "num_tokens": tokens,
-                "step_time": time.time() - began, "peak_memory_gb": common.peak_memory_gb()})
+                "step_time": time.time() - began, "peak_memory_gb": common.peak_memory_gb()},
+                cfg.tracker)
             if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
                 common.save_state(cfg.out, model, optimizer, step + 1, cfg, **kept)
 

@@ -81,6 +81,8 @@ class Config:
     # evaluation on held-out rows, and saved states
     eval_batch: int = knob(128, "judgements decoded together")
     save_every: int = knob(100, "steps between saved states")
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = knob(
+        "none", "draws the curves of metrics.jsonl elsewhere, too, if it is installed")
 
 
 PAPER = dict(data="runs/stage2_caption_grpo/captioned.jsonl", heldout="", lr=2e-6,

@@ -211,8 +211,8 @@ def test_a_model_that_samples_otherwise_than_it_trains_is_stopped(world, tmp_pat
     # kills: training on log-probs that are nats off, as with a window that the mask overrides
     real = stage1.packed_logps
 
-    def off(*args):
-        logp, *rest = real(*args)
+    def off(*args, **more):
+        logp, *rest = real(*args, **more)
         return logp - 4.6, *rest
     monkeypatch.setattr(stage1, "packed_logps", off)
     with pytest.raises(SystemExit, match="differ by 4.6 nats"):
@@ -538,6 +538,28 @@ def test_log_agrees_with_the_answers(world, unbroken, tmp_path, monkeypatch):
         assert r["rewards"]["accuracy"] == right
     assert len({m["reward"] for m in metrics}) > 1
     assert any(0.5 != m["completions/clipped_ratio"] > 0 for m in metrics)
+
+
+def test_a_tracker_is_told_what_metrics_jsonl_says(world, tmp_path):
+    # kills: a tracker that replaces the file, one that is told another step, a name that is changed
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out = tmp_path / "run"
+    run_here(stage1.main, stage1_flags(world, out, max_steps=3, tracker="tensorboard"))
+    events = accumulator.EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    metrics = lines(out / "metrics.jsonl")
+    assert set(events.Tags()["scalars"]) == set(metrics[0]) and len(metrics) == 3
+    for name in metrics[0]:
+        told = [(event.step, event.value) for event in events.Scalars(name)]
+        assert told == [(m["step"], pytest.approx(m[name], rel=1e-6)) for m in metrics]
+
+
+def test_a_tracker_that_is_not_installed_is_named(world, tmp_path, monkeypatch):
+    # kills: a run that ends with ModuleNotFoundError after its first step
+    monkeypatch.setattr(common, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install wandb"):
+        run_here(stage1.main, stage1_flags(world, tmp_path / "run", tracker="wandb"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_logging_groups_changes_nothing(world, unbroken, tmp_path):
