@@ -29,8 +29,10 @@ from transformers.utils import cached_file
 
 import common
 import data
+from stage1_text_grpo import ROWS_AT_ONCE
 
 PROCESSES = (1, 8, 16)
+ROOM = 64  # tokens: common.RoomyLayer
 GIB = 2 ** 30
 # GiB for tensors: a card of 80 GB has 79, one of 24 GB has 23.5; CUDA, its libraries and NCCL take
 # about one, and what the allocator cannot use is lost (UNSPECIFIED how much; ours: 3 and 1.5)
@@ -443,20 +445,17 @@ def layer_activations(size, rows, length, mixed=True):
     under autocast, else in fp32."""
     h, f, heads = size.text.hidden_size, size.text.intermediate_size, size.text.num_attention_heads
     q, k = heads * size.head_dim, size.text.num_key_value_heads * size.head_dim
-    token = 2 * (4 * h + 4 * h)         # both norms: input and normed input, fp32
+    token = 2 * 4 * h + 4 * q + 4 * k       # inputs of all norms, fp32
     if mixed:
-        token += 5 * 2 * h              # its copies in bf16 for q, k, v, gate and up
-        token += 6 * q + 6 * k          # norms of q and k: input in fp32, normed in bf16
-        token += 4 * 2 * q              # attention: q; k and v, repeated for all heads; output
-        token += 4 * 2 * f              # gate, silu(gate), up, their product
-        mask = 2                        # as numbers in bf16
-    else:
-        token += 2 * 4 * h + 8 * q + 8 * k + 4 * 4 * q + 4 * 4 * f
-        mask = 4
-    if size.lora:                       # inputs of A once more
-        token += (5 * h + q + f) * (2 if mixed else 0)
+        token += 5 * 2 * h                  # their output, in bf16 once for each of q k v gate up
+        token += 4 * 2 * q                  # attention: q; k and v, repeated for all heads; output
+        token += 4 * 2 * f                  # gate, silu(gate), up, their product
+        token += 2 * q if size.lora else 2 * 4 * h + 2 * q + 2 * k  # A's input; or for the
+    else:                                                           # norms' weights
+        token += 2 * 4 * h + 4 * 4 * q + 4 * 4 * f
+        token += 0 if size.lora else 2 * 4 * h + 4 * q + 4 * k
     token += 4 * (2 + 2 * heads + size.text.num_key_value_heads)  # norms' scales, logsumexp
-    return rows * (length * token + mask * length ** 2)
+    return rows * (length * token + (2 if mixed else 4) * length ** 2)  # the mask, as numbers
 
 
 def layer_temporaries(size, tokens):
@@ -495,17 +494,22 @@ def kept_activations(size, work, mixed=True):
     return kept + 2 * 4 * h * rows * work.length + rows * work.length ** 2  # last norm, mask
 
 
-def logit_bytes(size, work):
-    """The block of logits [b, 1+S, V] and all that is made of it, at its peak in the backward, in
-    fp32. packed_logps(): the logits, the gradient of the picked ones, and of logsumexp three more.
-    answer_nll(): log-softmax, its gradient, that of the logits. A reward model has no logits."""
-    copies = {"grpo": 5, "sft": 3, "bt": 0}[work.kind]
-    return copies * 4 * work.micro * work.scored * size.text.vocab_size
+def logit_bytes(size, work, mixed=True):
+    """The logits [b, 1+S, V] and all that is made of them, at its peak. A reward model has none."""
+    number, row = (2 if mixed else 4), work.micro * size.text.vocab_size
+    if work.kind == "bt":
+        return 0
+    if work.kind == "sft":  # answer_nll(): log-softmax, its gradient, that of the logits, in fp32
+        return 3 * 4 * row * work.scored
+    # packed_logps(): the logits, and their gradient but for the part that is at work, of which
+    # there are log-softmax and two gradients in fp32
+    part = min(work.scored, ROWS_AT_ONCE)
+    return row * (number * work.scored + number * (work.scored - part) + 3 * 4 * part)
 
 
 def update_bytes(size, work, mixed=True):
     """The peak of a micro-batch beyond weights and gradients, in one of four moments."""
-    kept, logits = kept_activations(size, work, mixed), logit_bytes(size, work)
+    kept, logits = kept_activations(size, work, mixed), logit_bytes(size, work, mixed)
     copy = (2 if mixed else 4) * work.micro * work.scored * size.text.vocab_size
     forward_ends, head = kept, 4 * size.head  # a reward model: the gradient of its embeddings
     if logits:
@@ -528,15 +532,15 @@ def pixel_bytes(work):
 
 def cache_bytes(size, rows, tokens, mixed=True):
     """Keys and values [rows, kv_heads, tokens, head_dim] of all layers."""
-    layer = 2 * rows * size.text.num_key_value_heads * tokens * size.head_dim
-    return size.text.num_hidden_layers * layer * (2 if mixed else 4)
+    token = 2 * rows * size.text.num_key_value_heads * size.head_dim
+    return size.text.num_hidden_layers * token * (tokens + ROOM) * (2 if mixed else 4)
 
 
 def sampling_bytes(size, work, prompts, samples, mixed=True):
-    """The peak of sampling beyond weights: while the prompts are run, or at the last token."""
+    """The peak of sampling beyond weights: when the prompts are run, when the last token is, or
+    when it is drawn."""
+    number, casts = (2, cast_bytes(size)) if mixed else (4, 0)
     q = size.text.num_attention_heads * size.head_dim
-    number = 2 if mixed else 4
-    rows, tokens = prompts * samples, work.prompt + work.answer
     # of one layer without gradients: its inputs, and the widest of what it makes of them
     width = 12 * size.text.hidden_size + max(3 * number * size.text.intermediate_size, 14 * q)
     begins = cache_bytes(size, prompts, work.prompt, mixed) + prompts * work.prompt * width
@@ -544,31 +548,32 @@ def sampling_bytes(size, work, prompts, samples, mixed=True):
     if size.vision and work.tiles:
         width = 10 * size.vision.hidden_size + 2 * number * size.vision.intermediate_size
         begins += prompts * work.tiles * (TILE * width + 4 * TILE_PIXELS)
+    rows, tokens = prompts * samples, work.prompt + work.answer
     ends = cache_bytes(size, rows, tokens, mixed)
-    ends += 2 * rows * tokens * q * number               # a layer's, repeated for all heads
-    ends += (2 + 3 * 4) * rows * size.text.vocab_size    # logits in bf16, three copies in fp32
-    return max(begins, ends)
+    repeated = 2 * rows * tokens * q * number  # a layer's, for all heads (5.17; 5.23: no)
+    # draw(): logits, their log-softmax in fp32, sums and what they add up in float64
+    drawn = (number + 4 + 2 * 8) * rows * size.text.vocab_size
+    return max(begins + casts, ends + repeated + casts, ends + drawn)
 
 
 # Sharded: each process holds a part of what is always there and of the gradients, and gathers.
 
 def gathered_to_sample(size):
-    """The whole model on each process: linear weights in bf16, as autocast would have them, the
-    others in fp32."""
-    return 2 * size.linear + 4 * max(0, size.parameters - size.linear)
+    """sharding.whole(): all weights in fp32 on each process."""
+    return 4 * size.parameters
 
 
 def gathered_to_update(size):
-    """Two layers, the one at work and the next, and embeddings and head, in fp32; and the gradient
-    of a layer before it is spread."""
-    ends = size.head if size.tied else 2 * size.head
-    return 4 * (2 * size.layer + ends) + 4 * size.layer
+    """What is outside the layers is one unit and whole from forward to backward, then its gradient
+    is; of the layers the one at work and the next, and a layer's gradient."""
+    outside = size.parameters - size.text.num_hidden_layers * size.layer
+    return 4 * (2 * outside + 3 * size.layer)
 
 
 def memory(size, work, shards=1):
     """-> {term: bytes} of one process; "sample", "judge", "update" and "step" are the peaks of the
     parts of a step, of all that is there then."""
-    weights = cast_bytes(size) if shards == 1 else gathered_to_sample(size)
+    gathered = gathered_to_sample(size) if shards > 1 else 0
     terms = {"weights": weight_bytes(size, shards), "AdamW": adamw_bytes(size, shards),
              "reference": reference_bytes(size, work, shards),
              "gradients": gradient_bytes(size, shards)}
@@ -580,7 +585,7 @@ def memory(size, work, shards=1):
     for name, prompts, samples in (("sample", work.rolled_out, work.samples),
                                    ("judge", work.judged, 1)):
         taken = sampling_bytes(size, work, prompts, samples)
-        terms[name] = always + weights + taken if prompts else 0
+        terms[name] = always + gathered + taken if prompts else 0
     terms["update"] = always + terms["gradients"] + update_bytes(size, work)
     if shards > 1:
         terms["update"] += gathered_to_update(size)
