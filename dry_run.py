@@ -42,32 +42,35 @@ CARDS = {"80 GB": 75, "24 GB": 21}
 # ==================================================================================================
 # 1. The report
 
-def report(cfg, paper):
-    """Print it. `paper`: what --preset paper takes, a dict."""
+def report(cfg, presets, preset):
+    """Print it. `presets`: the script's; `preset`: the name of the one that was taken, or "toy"."""
     if common.rank() > 0:
         return
     module = sys.modules[type(cfg).__module__]
     form = getattr(cfg, "form", getattr(module, "FORM", "pixels"))
-    print_settings(cfg, paper)
+    print_settings(cfg, presets, preset)
     print_checkpoints(cfg)
     rows = print_sources(cfg)
-    print_steps(cfg, rows, mean_prompt(cfg, module, form))
+    print_steps(cfg, rows, mean_prompt(cfg, form))
     sizes = sizes_of(cfg)
     print_sizes(sizes)
     print_memory(sizes, cfg, form)
 
 
-def print_settings(cfg, paper):
-    """The knobs that are not at their default, or for which the paper has another value."""
-    lines = [("setting", "this run", "default", "paper")]
-    for name, default in asdict(type(cfg)()).items():
-        value = getattr(cfg, name)
-        if value != default or paper.get(name, value) != value:
-            lines.append((name, value, default, paper.get(name, "")))
+def print_settings(cfg, presets, preset):
+    """The knobs that are not at their default, or for which the preset, by default the first one,
+    has another value."""
+    name = preset if preset in presets else next(iter(presets))
+    values = presets[name](cfg) if callable(presets[name]) else presets[name]
+    lines = [("setting", "this run", "default", f"--preset {name}")]
+    for knob, default in asdict(type(cfg)()).items():
+        value = getattr(cfg, knob)
+        if value != default or values.get(knob, value) != value:
+            lines.append((knob, value, default, values.get(knob, default)))
     print()
-    for name, *values in lines:
+    for knob, *values in lines:
         cells = [shorten(str(value)).ljust(27) for value in values]
-        print(f"{name:24}{' '.join(cells)}".rstrip())
+        print(f"{knob:24}{' '.join(cells)}".rstrip())
 
 
 def shorten(text, width=27):
@@ -97,7 +100,7 @@ def print_steps(cfg, rows, measured):
               f"{cfg.batch_size * (mean + answers):,.0f}")
 
 
-def mean_prompt(cfg, module, form, most=200, seconds=5):
+def mean_prompt(cfg, form, most=200, seconds=5):
     """-> (rows, mean tokens of their prompts) of the first rows of --data, or None if there is no
     file, or no checkpoint whose tokenizer would tell."""
     source = re.sub(r":\d+(@\d+)?$", "", cfg.data.split(",")[0])
@@ -112,7 +115,7 @@ def mean_prompt(cfg, module, form, most=200, seconds=5):
         try:
             for row in data.convert(raw, where.rpartition(":")[2].strip("[]")):
                 row = common.check_row(row, Path(source).parent, encoder.forbidden)
-                lengths.append(prompt_tokens(row, encoder, cfg, module, form))
+                lengths.append(prompt_tokens(row, encoder, cfg, form))
         except common.BadRow:  # the run will say so, or count it
             continue
         if len(lengths) >= most or time.time() - began > seconds:
@@ -120,7 +123,7 @@ def mean_prompt(cfg, module, form, most=200, seconds=5):
     return (len(lengths), sum(lengths) / len(lengths)) if lengths else None
 
 
-def prompt_tokens(row, encoder, cfg, module, form):
+def prompt_tokens(row, encoder, cfg, form):
     """Of one row, as this script shows it. Raises BadRow."""
     if hasattr(cfg, "head_layers"):  # a reward model has prompts of its own
         import bt_reward
