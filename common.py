@@ -1397,8 +1397,8 @@ def parse_config(cls, description, presets=None):
                                            formatter_class=_Help)
     if presets:
         parser.set_defaults(**_preset_defaults(parser, presets))
-        parser.add_argument("--dry_run", action="store_true", help="tell settings, what is missing, "
-                            "steps and memory, and end")
+        parser.add_argument("--dry_run", action="store_true",
+                            help="tell settings, what is missing, steps and memory, and end")
     cfg, *more, unknown = parser.parse_args_into_dataclasses(
         return_remaining_strings=True, look_for_args_file=False)
     if unknown:

@@ -21,6 +21,7 @@ import re
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -69,7 +70,7 @@ def print_settings(cfg, presets, preset):
             lines.append((knob, value, default, values.get(knob, default)))
     print()
     for knob, *values in lines:
-        cells = [shorten(str(value)).ljust(27) for value in values]
+        cells = [shorten("''" if value == "" else str(value)).ljust(27) for value in values]
         print(f"{knob:24}{' '.join(cells)}".rstrip())
 
 
@@ -102,9 +103,10 @@ def print_steps(cfg, rows, measured):
 
 def mean_prompt(cfg, form, most=200, seconds=5):
     """-> (rows, mean tokens of their prompts) of the first rows of --data, or None if there is no
-    file, or no checkpoint whose tokenizer would tell."""
+    file, or no checkpoint here whose tokenizer would tell."""
     source = re.sub(r":\d+(@\d+)?$", "", cfg.data.split(",")[0])
-    if not (Path(source).is_file() and Path(cfg.model, "config.json").is_file()):
+    here = Path(cfg.model).is_dir() and checkpoint_state(cfg.model).startswith("found")
+    if not here or not Path(source).is_file():
         return None
     sight = {"frames": getattr(cfg, "frames", 8), "max_tiles": getattr(cfg, "max_tiles", 12),
              "max_pixels": getattr(cfg, "max_pixels", 0), "style": getattr(cfg, "style", "msrl")}
@@ -112,11 +114,13 @@ def mean_prompt(cfg, form, most=200, seconds=5):
     encoder = common.Encoder(cfg.model, config, **sight)
     lengths, began = [], time.time()
     for where, raw in data.raw_rows(source):
+        if isinstance(raw, common.BadRow):
+            continue
         try:
             for row in data.convert(raw, where.rpartition(":")[2].strip("[]")):
                 row = common.check_row(row, Path(source).parent, encoder.forbidden)
                 lengths.append(prompt_tokens(row, encoder, cfg, form))
-        except common.BadRow:  # the run will say so, or count it
+        except common.BadRow:  # first_bad_row() says so
             continue
         if len(lengths) >= most or time.time() - began > seconds:
             break
@@ -141,6 +145,8 @@ def print_sources(cfg):
     for name in ("data", "heldout", "exclude", "replay", "construct", "curate"):
         for source in filter(None, getattr(cfg, name, "").split(",")):
             state, rows = source_state(source)
+            if name not in ("exclude", "construct"):
+                state += first_bad_row(source)
             print(f"--{name:10}{source}: {state}")
             if name == "data":
                 total = None if rows is None or total is None else total + rows
@@ -163,10 +169,26 @@ def source_state(source):
     if is_hub_id(source):
         folder = Path(hub_cache(), "datasets--" + source.replace("/", "--"))
         if folder.is_dir():
-            return "hub id, in the local cache", wanted
-        return ("hub id, not in the local cache: read from the hub when the run starts, or `hf "
-                f"download --repo-type dataset {source}`"), wanted
+            return "found in the hub's local cache", wanted
+        return "on the hub; `hf download --repo-type dataset` fetches it beforehand", wanted
     return f"MISSING: {maker_of(source)}", None
+
+
+def first_bad_row(source, most=100):
+    """-> what to say of the first bad one of the first rows of a file; '' if there is none. Media
+    are not opened."""
+    path = Path(re.sub(r":\d+(@\d+)?$", "", source))
+    if not path.is_file():
+        return ""
+    for where, raw in islice(data.raw_rows(str(path)), most):
+        try:
+            if isinstance(raw, common.BadRow):
+                raise raw
+            for row in data.convert(raw, where.rpartition(":")[2].strip("[]")):
+                common.check_row(row, path.parent)
+        except common.BadRow as e:
+            return f"; {where}: row {e}"
+    return ""
 
 
 def count_rows(path):
@@ -191,17 +213,17 @@ def print_checkpoints(cfg):
 
 
 def checkpoint_state(folder):
-    if Path(folder, "config.json").is_file():
-        stage = common.stage_of(folder)
-        made = f", written by {stage['stage']} at step {stage['step']}" if stage else ""
-        return f"found{made}"
     if Path(folder).is_dir():
-        return f"MISSING: no config.json in it; {maker_of(folder)}"
+        for files, what in (("config.json", "config.json"), ("*.safetensors", "weights"),
+                            ("tokenizer*", "tokenizer")):
+            if not any(Path(folder).glob(files)):
+                return f"MISSING: no {what} in it; {maker_of(folder)}"
+        stage = common.stage_of(folder)
+        return f"found, of {stage['stage']}, step {stage['step']}" if stage else "found"
     if config_file(folder):
-        return "hub id, in the local cache"
+        return "found in the hub's local cache"
     if is_hub_id(folder):
-        return (f"hub id, not in the local cache: downloaded when the run starts, or `hf download "
-                f"{folder}`")
+        return "on the hub; `hf download` fetches it beforehand"
     return f"MISSING: {maker_of(folder)}"
 
 
@@ -234,6 +256,8 @@ def maker_of(name):
         return "`python tests/toy_world.py` makes it"
     if parts[-1] == "captioned.jsonl":
         return "`python stage2_caption_grpo.py --captioner DIR` writes it"
+    if parts[-1] == "annotated.jsonl":
+        return "`python eval.py --attempts 3` writes it"
     if parts[-1] == "pairs.jsonl":
         return "`python dt2it.py --construct` writes it"
     script = f"{parts[1]}.py" if parts[0] == "runs" and len(parts) > 1 else ""
@@ -614,8 +638,8 @@ def largest(size, work, shards, card):
 
 def print_memory(sizes, cfg, form):
     work = work_of(cfg, 1, form)
-    print(f"\nmemory of a process in GiB, if all prompts have {work.prompt:,} tokens and all answers "
-          f"{work.answer:,}")
+    print(f"\nmemory of a process in GiB, if all prompts have {work.prompt:,} tokens and all "
+          f"answers {work.answer:,}")
     titles = ["weights", "AdamW", "refer.", "grads", "activ.", "logits", "cache", *PEAKS]
     print(f"{'':18}{''.join(title.rjust(8) for title in titles)}  80 GB 24 GB micro rollout")
     for size in sizes:
@@ -623,14 +647,17 @@ def print_memory(sizes, cfg, form):
             print_line(size, work_of(cfg, processes, form), processes, 1)
             if processes > 1:
                 print_line(size, work_of(cfg, processes, form), processes, processes)
-    last = sizes[-1]
-    without = kept_activations(last, replace(work, checkpointing=not work.checkpointing))
-    other = "without" if work.checkpointing else "with"
-    print(f"""sample, judge, update, step: the peaks of the parts of a step, of all that is there then
-sharded: weights, AdamW, reference and gradients are spread over the processes
-80 GB, 24 GB: does it fit? micro, rollout: the largest --micro_batch and --rollout_batch for 80 GB
-activ. {other} --gradient_checkpointing, {last.name}: {without / GIB:.1f}. AdamW that is not fused takes \
-{adamw_temporaries(last, fused=False) / GIB:.1f} more in its step""")
+    size = next(size for size in sizes if size.name == "8B")
+    other = kept_activations(size, replace(work, checkpointing=not work.checkpointing)) / GIB
+    unfused = adamw_temporaries(size, fused=False) / GIB
+    print(f"""
+weights to grads   fp32; sharded: spread over the processes
+activ., logits     of a micro-batch; cache: keys and values of a --rollout_batch
+sample ... step    the peaks of the parts of a step: of all that is there then
+80 GB, 24 GB       does all of it fit
+micro, rollout     the largest --micro_batch and --rollout_batch that fit 80 GB; 0: none does
+With --gradient_checkpointing {not work.checkpointing}, 8B has activations of {other:.1f}.
+On a GPU AdamW is fused; else its step would take {unfused:.1f} more.""")
 
 
 def print_line(size, work, processes, shards):

@@ -7,18 +7,19 @@ Under FakeTensorMode a tensor has a shape and no content, so that a step of an 8
 "kills:" names wrong versions of the source under which a test was seen to fail.
 """
 
-import contextlib
-import subprocess
-import sys
+import re
 import time
 import weakref
-from dataclasses import asdict, replace
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
+import toy_world
 import transformers
-from helpers import ENV, PROGRAMS, ROOT, flags, run_here, small_world, write
+from helpers import PROGRAMS, ROOT, run_here, run_there, small_world, text_row, write
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,6 +28,7 @@ import bt_reward
 import common
 import dry_run
 import dt2it
+from data import load_rows
 import stage0_sft
 import stage1_text_grpo as stage1
 import stage2_caption_grpo as stage2
@@ -307,3 +309,275 @@ def test_peak_of_sampling(name, B, G, P, C, mixed, in_bf16):
         repeated = 2 * B * G * (P + C) * 128 * size.text.num_attention_heads * (2 if mixed else 4)
     actual = max(prompts_run, last_token)
     assert 0.92 * actual < told < 1.1 * actual + repeated
+
+
+def test_peak_of_a_process():
+    # Measured, fp32 on a CPU: a process that trains took 543 MB, 526 are told. kills: gradients,
+    # AdamW's moments or activations forgotten
+    if not Path("/proc/self/status").exists():
+        pytest.skip("Linux says how much a process had")
+    from programs import peak_memory as small
+    frugal = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "100000",
+              "MALLOC_MMAP_THRESHOLD_": "100000"}
+    done = run_there([PROGRAMS / "peak_memory.py"], **frugal)
+    peak, baseline = map(int, done.stdout.split())
+    size = dry_run.measure("small", transformers.Qwen3Config(**small.SMALL))
+    work = work_with(kind="grpo", prompt=small.P, answer=small.C, answers=small.G, micro=small.B)
+    told = dry_run.weight_bytes(size) + dry_run.gradient_bytes(size) + dry_run.adamw_bytes(size)
+    told += dry_run.update_bytes(size, work, mixed=False)
+    assert told == pytest.approx(peak - baseline, rel=0.1)
+
+
+# ------------------------------------------------------------------------------------ the optimiser
+def test_what_adamw_takes():
+    # kills: one moment; temporaries of a fused step; none of an unfused one
+    with FakeTensorMode(), Traced() as traced:
+        model = a_model(qwen3("1B", num_hidden_layers=2))
+        size = dry_run.measure("1B", qwen3("1B", num_hidden_layers=2))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        before = traced.now
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+        optimizer.step()
+        assert dry_run.adamw_bytes(size) == pytest.approx(traced.now - before, rel=1e-4)
+        before = traced.peak = traced.now
+        optimizer.step()
+        assert dry_run.adamw_temporaries(size, fused=False) == pytest.approx(
+            traced.peak - before, rel=1e-4)
+    assert dry_run.adamw_temporaries(size) == 0
+
+
+def test_adamw_is_fused_on_a_gpu_only():
+    # kills: fused on the CPU, where sums would round otherwise than in README's runs
+    model = torch.nn.Linear(3, 5)
+    assert common.make_optimizer(model, 1e-3).defaults["fused"] is None
+    with FakeTensorMode():
+        model = torch.nn.ParameterList([torch.empty(3, 5, device="cuda")])
+        assert common.make_optimizer(model, 1e-3).defaults["fused"] is True
+
+
+# ------------------------------------------------------------------------------------------- totals
+def test_the_audits_figures():
+    # 4B of stage 1 on one card: two audits counted 66.8 GiB static and 16.4 of AdamW's temporaries.
+    # kills: a frozen vision tower with gradients, a reference at --beta 0
+    cfg = stage1.Config(**stage1.PAPER | {"beta": 0})
+    size = dry_run.measure("4B", dry_run.internvl_config("4B"), cfg)
+    terms = dry_run.memory(size, dry_run.work_of(cfg, 1, "pixels"))
+    static = terms["weights"] + terms["AdamW"] + terms["gradients"] + terms["reference"]
+    assert static / GIB == pytest.approx(66.8, abs=0.2) and terms["reference"] == 0
+    assert dry_run.adamw_temporaries(size, fused=False) / GIB == pytest.approx(16.4, abs=0.1)
+    assert terms["step"] == static
+
+
+def test_terms_by_hand():
+    # 8B at --preset paper of stage 1, all numbers written out. kills: batch_size for rollout_batch,
+    # G for N in the cache, peaks without what is always there, gradients while it samples
+    cfg = stage1.Config(**stage1.PAPER)
+    work = dry_run.work_of(cfg, 8, "pixels")
+    assert (work.prompts, work.micro, work.rolled_out, work.samples) == (2, 1, 2, 8)
+    assert (work.length, work.scored, work.judged, work.tiles) == (12_288, 8_193, 0, 0)
+    size = dry_run.measure("8B", dry_run.internvl_config("8B"), cfg)
+    every, trained = 8_528_318_464, 8_190_735_360
+    terms = dry_run.memory(size, work)
+    assert terms["weights"] == terms["reference"] == 4 * every
+    assert (terms["AdamW"], terms["gradients"]) == (8 * trained, 4 * trained)
+    room = 16 * (4096 + 1024 + 64)
+    assert terms["cache"] == 2 * 36 * room * 8 * 128 * 2
+    block, part = 8_193 * 151_936, 1_024 * 151_936
+    assert terms["logits"] == 2 * block + 2 * (block - part) + 12 * part
+    always = 8 * every + 8 * trained
+    linear = trained - 151_936 * 4096 - (2 * 36 + 1) * 4096 - 36 * 2 * 128  # no embeddings, norms
+    assert size.linear == linear
+    assert terms["sample"] == always + 2 * linear + terms["cache"] + 2 * room_read(16, 5120, 4096)
+    assert terms["update"] > always + 4 * trained + terms["logits"] + terms["activations"] - 1
+    assert terms["step"] == always + 4 * trained
+
+
+def room_read(rows, tokens, width):
+    """Keys, or values, of one layer for all heads, in bf16."""
+    return rows * tokens * width * 2
+
+
+def test_sharded():
+    # kills: activations divided, a reference that is not, weights that nobody gathers
+    cfg = stage1.Config(**stage1.PAPER)
+    size = dry_run.measure("8B", dry_run.internvl_config("8B"), cfg)
+    work = dry_run.work_of(cfg, 8, "pixels")
+    whole, part = dry_run.memory(size, work), dry_run.memory(size, work, 8)
+    for name in ("weights", "AdamW", "reference", "gradients", "step"):
+        assert part[name] == whole[name] / 8
+    for name in ("cache", "logits", "activations"):
+        assert part[name] == whole[name]
+    always = whole["weights"] + whole["AdamW"] + whole["reference"]
+    saved = always * 7 / 8
+    assert whole["sample"] - part["sample"] == saved - 4 * size.parameters
+    layer, outside = 192_946_432, 8_528_318_464 - 36 * 192_946_432
+    assert size.layer == layer
+    gathered = 4 * outside + 4 * 2 * layer + 4 * outside + 4 * layer  # weights; gradients
+    saved += whole["gradients"] * 7 / 8
+    assert whole["update"] - part["update"] == pytest.approx(saved - gathered)
+
+
+def test_largest_batches():
+    # kills: the first that does not fit, micro-batches of more prompts than there are
+    cfg = stage1.Config(**stage1.PAPER | {"batch_size": 128})
+    size = dry_run.measure("1B", dry_run.internvl_config("1B"), cfg)
+    work = dry_run.work_of(cfg, 8, "pixels")
+    micro, rolled_out = dry_run.largest(size, work, 1, "80 GB")
+    room = dry_run.CARDS["80 GB"] * GIB
+    assert 1 < micro < work.prompts and 1 < rolled_out < work.prompts
+    for n, fits in ((micro, True), (micro + 1, False)):
+        assert (dry_run.memory(size, replace(work, micro=n))["update"] <= room) == fits
+    for n, fits in ((rolled_out, True), (rolled_out + 1, False)):
+        assert (dry_run.memory(size, replace(work, rolled_out=n))["sample"] <= room) == fits
+    assert dry_run.largest(size, replace(work, prompts=2), 1, "80 GB") == (2, 2)
+
+
+@pytest.mark.parametrize("cfg, processes, form, known", [
+    (stage1.Config(), 1, "pixels", dict(
+        kind="grpo", prompts=24, micro=6, rolled_out=24, samples=8, judged=128, tiles=0,
+        length=1024 + 8 * 112, reference=True)),
+    (stage1.Config(beta=0, heldout="", mini_batch=8, batch_size=16), 4, "pixels", dict(
+        prompts=4, micro=2, rolled_out=4, judged=0, reference=False)),
+    (stage2.Config(heldout=""), 1, "caption", dict(tiles=0, judged=128)),  # --replay is judged
+    (stage3.Config(max_prompt_tokens=8192), 8, "pixels", dict(prompts=3, micro=3, tiles=26)),
+    (stage3.Config(max_prompt_tokens=1024), 8, "pixels", dict(tiles=4)),
+    (stage0_sft.Config(heldout=""), 1, "pixels", dict(
+        kind="sft", answers=1, rolled_out=0, judged=0, length=2048 + 112, scored=113)),
+    (cmkd.Config(), 3, "pixels", dict(kind="sft", prompts=10, rolled_out=11, samples=8, answers=1)),
+    (bt_reward.Config(), 1, "pixels", dict(
+        kind="bt", answers=2, length=2048 + 2 * 1024, rolled_out=0, judged=0))])
+def test_work_of_a_script(cfg, processes, form, known):
+    # kills: prompts of all processes, micro-batches beyond a mini-batch, pixels in caption form
+    work = dry_run.work_of(cfg, processes, form)
+    assert {name: getattr(work, name) for name in known} == known
+
+
+# ------------------------------------------------------------------------------------ whole scripts
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path_factory):
+    """No network, and an empty cache: nothing that somebody has downloaded is found."""
+    import huggingface_hub.constants as hub
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path_factory.getbasetemp() / "no cache"))
+
+
+def dry(module, *args):
+    """main() with --dry_run"""
+    with pytest.raises(SystemExit) as ended:
+        run_here(module.main, [*args, "--dry_run"])
+    assert ended.value.code == 0
+
+
+SCRIPTS = {stage0_sft: [], stage1: [], stage2: [], cmkd: [], stage3: [], bt_reward: [],
+           dt2it: ["--curate", "noisy.jsonl", "--models", "a", "b"]}
+
+
+@pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
+def test_every_script_and_preset(module, here, capsys):
+    # In an empty folder, without network. kills: a run folder, a model that is loaded, a setting of
+    # one script that another lacks, a preset whose values are not those that are told
+    for preset in ("toy", *module.PRESETS):
+        dry(module, "--preset", preset, *SCRIPTS[module])
+        told = capsys.readouterr().out
+        assert list(here.iterdir()) == []
+        name = preset if preset != "toy" else next(iter(module.PRESETS))
+        assert f"--preset {name}" in told and "memory of a process" in told
+        assert "MISSING" in told or "on the hub" in told
+        values = module.PRESETS[name]
+        values = values(module.Config()) if callable(values) else values
+        assert re.search(rf"^lr +\S+ +{module.Config.lr} +{values['lr']}$", told, re.MULTILINE)
+        for size in dry_run.SHOWN:
+            for kind in ("1 replica", "8 replica", "8 sharded", "16 replica", "16 sharded"):
+                assert re.search(rf"^{size} +{kind} ", told, re.MULTILINE)
+
+
+def test_as_a_user_calls_it(here):
+    # kills: an import that is missing when the script is __main__, minutes
+    began = time.time()
+    done = run_there([ROOT / "stage3_mm_grpo.py", "--preset", "paper", "--dry_run", "--out",
+                      here / "run"], HF_HUB_OFFLINE="1", HF_HOME=str(here / "home"))
+    assert not (here / "run").exists() and "memory of a process" in done.stdout
+    assert time.time() - began < 60
+
+
+# ---------------------------------------------------------------------------- sources, checkpoints
+def test_what_is_said_of_a_source(here):
+    # kills: rows of a whole file for those of a sample, a download, a remedy that does not exist
+    small_world(here / "toy", text_rl=7)
+    write("array.json", [text_row(id=str(k)) for k in range(3)])
+    datasets.Dataset.from_dict({"prompt": list("abcde")}).to_parquet("five.parquet")
+    state = dry_run.source_state
+    assert state("toy/text_rl.jsonl") == ("found, 7 of 7 rows", 7)
+    assert state("toy/text_rl.jsonl:5") == ("found, 5 of 7 rows", 5)
+    assert state("toy/text_rl.jsonl:5@4") == ("found, 3 of 7 rows", 3)
+    assert state("array.json")[1] == 3 and state("five.parquet:2")[1] == 2
+    assert "name a file in it" in state("toy")[0]
+    for path in ("none.jsonl", "toy/none.jsonl", "data/VideoDPO/pair.json",
+                 "runs/x/captioned.jsonl"):
+        said, rows = state(path)
+        assert said.startswith("MISSING: ") and rows is None
+    assert "toy_world.py" in state("toy/none.jsonl")[0]
+    assert "--captioner" in state("runs/x/captioned.jsonl")[0]
+    assert dry_run.first_bad_row("toy/text_rl.jsonl:5") == dry_run.first_bad_row("none.jsonl") == ""
+    write("bad.jsonl", [text_row(), text_row(label="C"), "{"])
+    assert dry_run.first_bad_row("bad.jsonl").startswith("; bad.jsonl:2: row label 'C' is not")
+    said, rows = state("nvidia/HelpSteer3:40")
+    assert said.startswith("on the hub") and rows == 40
+    Path(dry_run.hub_cache(), "datasets--nvidia--HelpSteer3").mkdir(parents=True)
+    assert state("nvidia/HelpSteer3")[0] == "found in the hub's local cache"
+
+
+def test_what_is_said_of_a_checkpoint(here):
+    # kills: a folder without config.json that is found, "runs/x" as a hub id, another script's name
+    state = dry_run.checkpoint_state
+    (here / "runs" / "stage0_sft").mkdir(parents=True)
+    for files, missing in (("config.json", "config.json"), ("model.safetensors", "weights"),
+                           ("tokenizer.json", "tokenizer")):
+        assert state("runs/stage0_sft").startswith(f"MISSING: no {missing} in it; `python stage0")
+        Path("runs/stage0_sft", files).touch()
+    assert state("runs/stage0_sft") == "found"
+    for name, remedy in (("runs/stage2b_cmkd", "stage2b_cmkd.py"), ("toy/backbone", "toy_world.py"),
+                         ("runs/mine", "no such"), ("/nowhere/at/all", "no such")):
+        assert state(name).startswith("MISSING: ") and remedy in state(name)
+    assert state("OpenGVLab/InternVL3_5-8B-HF").startswith("on the hub")
+    assert state(str(toy_world.PREBUILT)).startswith("found")
+
+
+def test_rows_steps_and_tokens(here, capsys):
+    # With rows and a checkpoint at hand. kills: rows of the first source alone, prompts of another
+    # form, the mean of one row, epochs or batches forgotten
+    small_world(here / "toy", text_rl=11, caption_rl=9, sft=70)
+    args = ["--model", str(toy_world.PREBUILT)]
+    for module, form in ((stage1, "pixels"), (stage2, "caption")):
+        dry(module, *args)
+        told = capsys.readouterr().out
+        rows = load_rows(module.Config.data, common.load(toy_world.PREBUILT)[1], form, quiet=True)
+        mean = sum(row["tokens"] for row in rows) / len(rows)
+        assert f"prompts have {mean:,.0f} on average ({len(rows)} rows of --data)" in told
+        assert re.search(r"^--model +1 replica", told, re.MULTILINE)
+    dry(stage0_sft, *args, "--epochs", 3, "--batch_size", 10, "--data",
+        "toy/sft.jsonl:20@30,toy/text_rl.jsonl")
+    told = capsys.readouterr().out
+    assert "steps       9: 3 epochs of up to 31 rows, 10 a step" in told
+    assert "up to 21,600: 10 x (2,048 of the prompt + 1 x 112)" in told
+
+
+@pytest.mark.parametrize("kind, text, vision", [
+    ("llama", {}, None), ("gemma3_text", dict(head_dim=8), None),
+    ("qwen2_5_vl", {}, dict(depth=2, hidden_size=32, num_heads=4, intermediate_size=48,
+                            out_hidden_size=32)),
+    ("qwen3_vl", dict(head_dim=8), dict(depth=2, hidden_size=32, num_heads=4, intermediate_size=48,
+                                        out_hidden_size=32))])
+def test_other_models(kind, text, vision):
+    # kills: layers of the vision tower for those of the language model, a config that has no vision
+    text = dict(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+                num_attention_heads=4, num_key_value_heads=2, **text)
+    config = transformers.AutoConfig.for_model(kind, **text)
+    if vision:
+        config = transformers.AutoConfig.for_model(kind, text_config=text, vision_config=vision)
+    size = dry_run.measure(kind, config, stage1.Config())
+    assert size.text.num_hidden_layers == 3 and size.vision is None
+    assert size.layer > 2 * 32 * 32 + 3 * 32 * 64  # q and o, and the MLP
+    assert (size.parameters > size.trained) == (vision is not None)
+    assert dry_run.memory(size, work_with(kind="grpo", prompt=9, answer=5))["update"] > 0
