@@ -485,11 +485,13 @@ def layer_activations(size, rows, length, mixed=True):
     return rows * (length * token + (2 if mixed else 4) * length ** 2)  # the mask, as numbers
 
 
-def layer_temporaries(size, tokens):
-    """Of the backward of one layer beyond what was kept: gradients of its widest activations, and
-    of its widest weight in bf16 and in fp32."""
+def layer_temporaries(size, tokens, mixed=True):
+    """Of the backward of one layer beyond what was kept: gradients of its output (also in bf16), of
+    the widest activation and of the widest weight (in both)."""
     h, f = size.text.hidden_size, size.text.intermediate_size
-    return tokens * (4 * h + 3 * 2 * f) + 6 * h * f
+    if mixed:
+        return tokens * (6 * h + 2 * f) + 6 * h * f
+    return 4 * tokens * (h + f) + 4 * h * f
 
 
 def vision_activations(size, tiles, mixed=True):
@@ -518,7 +520,12 @@ def kept_activations(size, work, mixed=True):
         if work.checkpointing:
             layer = 4 * size.vision.hidden_size * rows * work.tiles * TILE
         kept += size.vision.num_hidden_layers * layer
-    return kept + 2 * 4 * h * rows * work.length + rows * work.length ** 2  # last norm, mask
+    return kept + last_norm(size, work) + rows * work.length ** 2  # and the mask
+
+
+def last_norm(size, work):
+    """Its input and normed input, fp32."""
+    return 2 * 4 * size.text.hidden_size * work.micro * work.length
 
 
 def logit_bytes(size, work, mixed=True):
@@ -544,7 +551,8 @@ def update_bytes(size, work, mixed=True):
         head += kept + copy             # the gradients of the logits and of the head's weight
     if mixed and work.checkpointing:    # the head's copy is among what is kept
         forward_ends += cast_bytes(size) - (2 * size.head if logits else 0)
-    layer = kept + layer_temporaries(size, work.micro * work.length)
+    layer = kept + layer_temporaries(size, work.micro * work.length, mixed)
+    layer -= last_norm(size, work)      # its turn was before
     if work.checkpointing:
         layer += layer_activations(size, work.micro, work.length, mixed)
         layer += 2 * size.layer if mixed else 0

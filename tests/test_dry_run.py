@@ -250,16 +250,18 @@ def peak_of_update(name, work, mixed, layers):
 @pytest.mark.parametrize("mixed", [True, False], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "all kept"])
 @pytest.mark.parametrize("name, layers, work", [
-    ("4B", 5, work_with(kind="grpo", prompt=2000, answer=200, answers=8)),  # logits in two parts
-    ("8B", 3, work_with(kind="grpo", prompt=1000, answer=50, answers=3, micro=2)),
-    ("1B", 6, work_with(kind="grpo", prompt=900, answer=9, answers=2, micro=3)),
-    ("4B", 4, work_with(kind="sft", prompt=1500, answer=300, micro=2)),
-    ("4B", 4, work_with(kind="bt", prompt=2000, answer=500, answers=2, micro=2))],
-    ids=["grpo 4B", "grpo 8B", "grpo 1B", "sft 4B", "bt 4B"])
+    # where the peak is: logits in two parts; copies of weights; inputs of layers; the head's weight
+    ("4B", 3, work_with(kind="grpo", prompt=700, answer=200, answers=8, micro=2)),
+    ("4B", 10, work_with(kind="grpo", prompt=300, answer=9, answers=2)),
+    ("1B", 20, work_with(kind="grpo", prompt=5000, answer=9, answers=2)),
+    ("8B", 2, work_with(kind="grpo", prompt=1000, answer=50, answers=3, micro=2)),
+    ("4B", 3, work_with(kind="sft", prompt=500, answer=1000, micro=2)),
+    ("4B", 3, work_with(kind="bt", prompt=2000, answer=500, answers=2, micro=2))],
+    ids=["logits", "casts", "inputs", "head", "sft", "bt"])
 def test_peak_of_an_update(name, layers, work, checkpointing, mixed, in_bf16):
-    # A step of the real code at real width, but of fewer layers. kills: gradients forgotten, logits
-    # counted once, in full in place of parts, without the factor b, copies of weights forgotten or
-    # kept with checkpointing, activations of all layers with it, of one layer without
+    # A step of the real code at real width, but of fewer layers; most are told to 1 %. kills: 2 bytes a gradient, logits
+    # counted once, all in fp32 at once, without the factor b, copies of weights forgotten, those in
+    # a forward with checkpointing forgotten, inputs of layers in bf16, no layer that is recomputed
     in_bf16(mixed)
     work = replace(work, checkpointing=checkpointing)
     cfg = bt_reward.Config() if work.kind == "bt" else None
@@ -267,8 +269,8 @@ def test_peak_of_an_update(name, layers, work, checkpointing, mixed, in_bf16):
     weights, gradients, peak = peak_of_update(name, work, mixed, layers)
     assert dry_run.weight_bytes(size) == pytest.approx(weights, rel=0.01)  # bt: without its head
     assert dry_run.gradient_bytes(size) == pytest.approx(gradients, rel=0.02)
-    within = 0.25 if work.kind == "bt" else 0.08
-    assert dry_run.update_bytes(size, work, mixed) == pytest.approx(peak, rel=within)
+    told = dry_run.update_bytes(size, work, mixed)
+    assert told == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.parametrize("mixed", [True, False], ids=["bf16", "fp32"])
@@ -444,6 +446,7 @@ def test_largest_batches():
     (stage3.Config(max_prompt_tokens=1024), 8, "pixels", dict(tiles=4)),
     (stage0_sft.Config(heldout=""), 1, "pixels", dict(
         kind="sft", answers=1, rolled_out=0, judged=0, length=2048 + 112, scored=113)),
+    (stage0_sft.Config(form="caption"), 1, "caption", dict(tiles=0, judged=128)),
     (cmkd.Config(), 3, "pixels", dict(kind="sft", prompts=10, rolled_out=11, samples=8, answers=1)),
     (bt_reward.Config(), 1, "pixels", dict(
         kind="bt", answers=2, length=2048 + 2 * 1024, rolled_out=0, judged=0))])
