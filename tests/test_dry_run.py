@@ -259,9 +259,10 @@ def peak_of_update(name, work, mixed, layers):
     ("4B", 3, work_with(kind="bt", prompt=2000, answer=500, answers=2, micro=2))],
     ids=["logits", "casts", "inputs", "head", "sft", "bt"])
 def test_peak_of_an_update(name, layers, work, checkpointing, mixed, in_bf16):
-    # A step of the real code at real width, but of fewer layers; most are told to 1 %. kills: 2 bytes a gradient, logits
-    # counted once, all in fp32 at once, without the factor b, copies of weights forgotten, those in
-    # a forward with checkpointing forgotten, inputs of layers in bf16, no layer that is recomputed
+    # A step of the real code at real width, but of fewer layers; most are told to 1 %. kills: 2
+    # bytes a gradient, logits counted once, all in fp32 at once, without the factor b, copies of
+    # weights forgotten, those in a forward with checkpointing forgotten, inputs of layers in bf16,
+    # no layer that is recomputed
     in_bf16(mixed)
     work = replace(work, checkpointing=checkpointing)
     cfg = bt_reward.Config() if work.kind == "bt" else None
