@@ -1802,7 +1802,7 @@ def stamps(*paths):
     found = []
     for path in paths:
         for file in (Path(path), Path(path, "stage.json"), Path(path, "model.safetensors")):
-            if file.is_file():
+            if os.path.isfile(file):  # Path's raises an error for a name that is too long
                 found.append([str(file), file.stat().st_size, file.stat().st_mtime])
     return found
 

@@ -131,7 +131,8 @@ def test_gold_labels_play_no_part_in_the_whole_script(world, tmp_path):
     for name, rows in (("gold", gold), ("flipped", flipped)):
         common.write_lines(tmp_path / f"{name}.jsonl", rows)
         run_here(cmkd.main, flags(model=toy_world.PREBUILT, data=tmp_path / f"{name}.jsonl",
-                                  media_root=world, samples=3, epochs=1, heldout="", out=tmp_path / name))
+                                  media_root=world, samples=3, epochs=1, heldout="",
+                                  out=tmp_path / name))
         files.append(lines(tmp_path / name / "cmkd.jsonl"))
     assert len(files[0]) >= 3 and files[0] == files[1]
 
