@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import common
 from common import knob, sum_over_ranks
@@ -166,6 +167,7 @@ PAPER = dict(heldout="", micro_batch=1, rollout_batch=2, lr=1e-6, temperature=0.
              replay="wangclnlp/GRAM-RR-TrainingData:4000", replay_candidates=4000,
              batch_size=24, max_steps=972,  # 20 + 4 prompts: of 16, no 5:1 can be made
              max_prompt_tokens=4096, max_new_tokens=1024)
+PRESETS = {"paper": PAPER}
 
 
 # --- same in stages 1, 2, 3: the equations --------------------------------------------------------
@@ -307,7 +309,7 @@ def frozen_logps(model, encoder, prompts, answers, minis, cfg):
     for mini in minis:
         for part in pieces(mini.start, mini.stop, cfg.micro_batch):
             logps[part.start] = packed_logps(model, encoder, prompts[part], answers[part],
-                                             cfg.temperature)[0]
+                                             cfg.temperature, with_entropy=False)[0]
     return logps
 
 
@@ -339,7 +341,7 @@ def score_answers(texts, batch, functions):
 
 
 def main():
-    cfg = common.parse_config(Config, __doc__, PAPER)
+    cfg = common.parse_config(Config, __doc__, PRESETS)
     device = common.start_processes(cfg.batch_size)
     state = common.open_run(cfg.out, cfg)
 
@@ -492,6 +494,9 @@ def choose_replay(model, encoder, rows, cfg):
 
 
 # --- same in stages 1, 2, 3: how tokens get there -------------------------------------------------
+ROWS_AT_ONCE = 1024  # of logits in fp32: memory, not the numbers
+
+
 @dataclass
 class Rollout:
     ids: list   # [B][G] answers as lists of token ids, end-of-sequence token included
@@ -537,10 +542,7 @@ def sample_group(model, encoder, prompts, group_size, temperature, max_new_token
     alive = torch.ones(n, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
         logp = scored_logits(logits, encoder, temperature).log_softmax(-1)            # [rows, V]
-        if temperature == 0:
-            token = logp.argmax(-1)                                                   # [rows]
-        else:
-            token = torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
+        token = logp.argmax(-1) if temperature == 0 else draw(logp, generator)        # [rows]
         tokens[row[alive], t] = token[alive]
         logps[row[alive], t] = logp.gather(1, token[:, None])[alive, 0]
         alive &= ~torch.isin(token, eos)      # the EOS itself is part of the answer
@@ -565,12 +567,24 @@ def sample_group(model, encoder, prompts, group_size, temperature, max_new_token
     return rollout
 
 
+def draw(logp, generator):
+    """Log-probs [rows, V] -> a token of each row: where its share of the cumulative sum holds a
+    uniform number. torch.multinomial draws one number for every word of V. In float64, because a
+    sum of fp32 near 1 swallows words rarer than 6e-8, of which a large V has many."""
+    cumulative = logp.double().exp().cumsum(-1)                                       # [rows, V]
+    uniform = torch.rand(len(logp), 1, dtype=torch.float64, device=logp.device, generator=generator)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+
+
 def scored_logits(logits, encoder, temperature):
     """Model logits -> fp32 logits of the distribution we sample from and train. An image
     placeholder in an answer would ask the next forward for an image that is not there: no mass."""
-    logits = logits.float() / (temperature or 1.0)
+    logits = logits.float()
+    if temperature not in (0, 1):
+        logits = logits / temperature
     if encoder.image_token_id is not None:
-        logits[..., encoder.image_token_id] = torch.finfo(torch.float32).min
+        placeholder = torch.tensor([encoder.image_token_id], device=logits.device)
+        logits = logits.index_fill(-1, placeholder, torch.finfo(torch.float32).min)
     return logits
 
 
@@ -607,11 +621,13 @@ def pack(prompts, answers, pad_id, device):
     return torch.cat([ids, tail], 1), positions, sees[:, None], source, tail, owner, media
 
 
-def packed_logps(model, encoder, prompts, answers, temperature):
+def packed_logps(model, encoder, prompts, answers, temperature, with_entropy=True):
     """-> log-probs [b, S] of the answer tokens (0 on padding), entropy [b, S], owner [b, S].
 
     The prompt is computed once for its G answers: P + G*C tokens instead of G*(P + C). The head
-    works from the prompt's last token on, and log-softmax is logits minus logsumexp in fp32."""
+    works from the prompt's last token on. Of long answers the fp32 log-probs of whole rows [V] are
+    made ROWS_AT_ONCE at a time, and again in the backward pass: with V = 151k they are 0.6 MB each,
+    and 8 answers of 1,024 tokens have 8,193."""
     device = next(model.parameters()).device
     ids, positions, sees, source, target, owner, media = pack(prompts, answers, encoder.pad_id,
                                                               device)
@@ -619,13 +635,32 @@ def packed_logps(model, encoder, prompts, answers, temperature):
     with common.autocast(device):
         logits = model(input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=False,
                        logits_to_keep=target.shape[1] + 1, **media).logits             # [b, 1+S, V]
-    logits = scored_logits(logits, encoder, temperature)
-    norm = logits.logsumexp(-1)                                                        # [b, 1+S]
-    picked = logits[torch.arange(len(ids), device=device)[:, None], source, target]    # [b, S]
-    logp = (picked - norm.gather(1, source)).masked_fill(owner < 0, 0.0)
-    with torch.no_grad():
-        entropy = norm - ((logits - norm[..., None]).exp() * logits).sum(-1)           # [b, 1+S]
-    return logp, entropy.gather(1, source), owner
+    parts = logits.split(ROWS_AT_ONCE, 1)
+    del logits
+    logp, entropy = 0.0, 0.0
+    for i, part in enumerate(parts):
+        inputs = part, source - i * ROWS_AT_ONCE, target, encoder, temperature, with_entropy
+        if len(parts) == 1:
+            values = token_logps(*inputs)
+        else:
+            values = checkpoint(token_logps, *inputs, use_reentrant=False)
+        logp, entropy = logp + values[0], entropy + values[1]
+    return logp.masked_fill(owner < 0, 0.0), entropy, owner
+
+
+def token_logps(logits, source, target, encoder, temperature, with_entropy):
+    """Some rows of logits [b, r, V], source [b, S] counted from the first of them -> log-probs and
+    entropies [b, S] of the tokens that these rows predict, 0 for the others."""
+    logp = scored_logits(logits, encoder, temperature).log_softmax(-1)                 # [b, r, V]
+    rows = torch.arange(len(logp), device=logp.device)[:, None]                        # [b, 1]
+    place = source.clamp(0, logp.shape[1] - 1)
+    others = place != source
+    picked = logp[rows, place, target].masked_fill(others, 0.0)                        # [b, S]
+    entropy = torch.zeros_like(picked)
+    if with_entropy:
+        with torch.no_grad():
+            entropy = -(logp.exp() * logp).sum(-1)[rows, place].masked_fill(others, 0.0)
+    return picked, entropy
 
 
 def token_values(values, owner):

@@ -442,6 +442,25 @@ def test_the_score_is_the_probability_of_the_verdicts_token(serve, tmp_path, tok
         assert pred["score_a"] + pred["score_b"] == pytest.approx(1)
 
 
+def test_the_scalar_of_the_readme(serve):
+    """The README's lines, with another port. A server that says A with probability 0.9 when the
+    good response is shown first, and with 0.7 when it is shown last. kills: one order asked twice,
+    the probability of what was said where that of A is meant, the second order not turned round."""
+    def reply(request, before):
+        text = text_of(request)
+        p = 0.9 if text.rindex("good one") < text.rindex("bad one") else 0.7
+        tokens = [("<answer>", -1), ("A", math.log(p)), ("</answer>", -1)]
+        return completion(thinks("A"), tokens)
+
+    server = serve(reply)
+    section = (ROOT / "README.md").read_text("utf-8").partition("## Serve it")[2]
+    code = re.search("```python\n(.*?)```", section, re.DOTALL).group(1)
+    names = {"row": text_row()}
+    exec(code.replace("http://localhost:8000/v1", server.url), names)
+    assert names["score"] == pytest.approx((0.9 + 1 - 0.7) / 2)
+    assert len(server.requests) == 2
+
+
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
 def test_thinking_that_a_server_took_out_is_put_back(serve, tmp_path, field):
     # kills: well-formed answers counted as malformed, and no reasoning for --attempts

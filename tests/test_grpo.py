@@ -8,6 +8,7 @@ wrong_versions.py has such versions, or "kills:" names edits of the source that 
 """
 
 import copy
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -502,6 +503,36 @@ def test_packed_forward_equals_one_by_one(world, kind):
     assert max(errors[:2]) < 1e-4 and errors[2] < 5e-5
 
 
+def test_rows_of_logits_in_parts_are_the_same(world, monkeypatch):
+    # kills: parts that count their tokens from the prompt, tokens that other parts count as well,
+    # the last part left out, entropies of the wrong rows
+    monkeypatch.setattr(stage1, "ROWS_AT_ONCE", 3)
+    errors = packed_error(world, world.model, world.encoder, world.prompts["mixed"])
+    assert max(errors[:2]) < 1e-4 and errors[2] < 5e-5
+
+
+def test_rows_of_logits_in_parts_keep_no_log_probs_of_whole_rows(world, monkeypatch):
+    # What waits for the backward pass in fp32, V numbers a row, of a model whose logits are bf16.
+    # kills: parts that are not made again in the backward pass (they keep as much as one block)
+    model = copy.deepcopy(world.text_model).bfloat16()
+    answers = make_answers(world.text_encoder, 3)
+    vocabulary = len(world.text_encoder.tokenizer)
+    kept = {}
+
+    def count(tensor):
+        if tensor.shape[-1:] == (vocabulary,) and tensor.dtype == torch.float32:
+            kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+    for rows in (3, 1024):
+        monkeypatch.setattr(stage1, "ROWS_AT_ONCE", rows)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            _, _, owner = stage1.packed_logps(model, world.text_encoder, world.prompts["text"],
+                                              answers, 1.0)
+        held = sum(kept.values()) // vocabulary
+        assert held == (0 if rows == 3 else 3 * (1 + owner.shape[1]))
+
+
 @pytest.mark.parametrize("name", wrong_versions.PACKINGS)
 def test_one_by_one_rejects_wrong_packing(world, monkeypatch, name):
     monkeypatch.setattr(stage1, "pack", wrong_versions.PACKINGS[name])
@@ -549,6 +580,26 @@ def test_scored_distribution(world):
 
 
 # ----------------------------------------------------------------------------------------- sampling
+def test_a_uniform_number_draws_the_word_whose_share_holds_it(monkeypatch):
+    # 200,000 words, all but three as rare as 3e-8: an exact sum says where each one's share begins.
+    # kills: a cumulative sum in fp32 (the tail's shares are 0 or double), the share's other end
+    # (left in place of right), a word of probability 0
+    p = torch.full((2, 200_000), 3e-8, dtype=torch.float64)
+    p[0, 5], p[1, 199_990] = 0.9, 0.9
+    p[:, 7] = 0.0
+    p /= p.sum(1, keepdim=True)
+    logp = p.log().float()
+    shares = logp.double().exp()
+    ends = torch.tensor([[0.0, *itertools.accumulate(row)] for row in shares.tolist()],
+                        dtype=torch.float64)
+    for word in (0, 5, 6, 8, 100_000, 199_989, 199_990, 199_999):
+        for place in (0.01, 0.99):
+            number = ends[:, word] + place * shares[:, word]
+            number /= ends[:, -1]
+            monkeypatch.setattr(torch, "rand", lambda *size, number=number, **more: number[:, None])
+            assert stage1.draw(logp, None).tolist() == [word, word]
+
+
 def with_eos(encoder, eos_ids):
     other = copy.copy(encoder)
     other.eos_ids = sorted(eos_ids)
@@ -1059,9 +1110,9 @@ def test_a_single_step_computes_nothing_twice(world, rollout, monkeypatch):
     # kills: old log-probs computed up front in a default run, or where the sampler's are given
     calls, real = [], stage1.packed_logps
 
-    def watched(*args):
+    def watched(*args, **more):
         calls.append(len(args[2]))
-        return real(*args)
+        return real(*args, **more)
     monkeypatch.setattr(stage1, "packed_logps", watched)
     sampled = sampled_logps(world.model, world.encoder, rollout)
     for more, given, forwards in (({}, sampled, 1), ({}, None, 1), ({"mini_batch": 1}, sampled, 3),
