@@ -1780,10 +1780,12 @@ def writing(path, aside=True):
     reason, one line says so. What is written `aside`, to be renamed, is removed."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as e:  # safetensors' and torch's own
+    except (OSError, RuntimeError, SafetensorError) as e:
         if aside:
             shutil.rmtree(path, ignore_errors=True)  # a folder
             Path(path).unlink(missing_ok=True)
+        if isinstance(e, RuntimeError) and e.__context__:  # of torch.save() that ends its file
+            e = e.__context__
         why = getattr(e, "strerror", None) or first_line(e)
         raise SystemExit(f"{path}: cannot be written ({why}). What was saved before is whole: make "
                          "room there, and the same command goes on.") from None
