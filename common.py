@@ -1666,7 +1666,7 @@ def _permutation(n, seed, epoch):
 
 MAY_CHANGE = ("out", "lr", "max_steps", "save_every", "eval_every", "eval_rows", "eval_batch",
               "micro_batch", "log_rollouts_every", "skip_bad_rows", "media_root", "tracker")
-STATE = ("step", "model", "optimizer", "config", "file")  # what is in every state
+STATE = ("step", "model", "optimizer", "config", "file")  # in every state that open_run() returns
 
 
 def open_run(folder, config):

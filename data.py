@@ -540,22 +540,33 @@ def _with_sides(text, sides):
                   flags=re.IGNORECASE)
 
 
-_GRAM = re.compile(
-    r"\[User Question\]\s*(.*?)\s*"
-    r"\[The Start of Assistant A's (?:Response|Answer)\]\s*(.*?)\s*"
-    r"\[The End of Assistant A's (?:Response|Answer)\]\s*"
-    r"\[The Start of Assistant B's (?:Response|Answer)\]\s*(.*?)\s*"
-    r"\[The End of Assistant B's (?:Response|Answer)\]", re.DOTALL)
+_GRAM = (r"\[User Question\]", r"\[The Start of Assistant A's (?:Response|Answer)\]",
+         r"\[The End of Assistant A's (?:Response|Answer)\]\s*"
+         r"\[The Start of Assistant B's (?:Response|Answer)\]",
+         r"\[The End of Assistant B's (?:Response|Answer)\]")
+
+
+def between(text, marks):
+    """The texts between marks (expressions) that follow one another, or None if they do not. Not
+    one expression, which would try all ways to part a text of many spaces, for hours."""
+    parts, end = [], 0
+    for mark in marks:
+        found = re.compile(mark).search(text, end)
+        if found is None:
+            return None
+        parts.append(text[end:found.start()].strip())
+        end = found.end()
+    return parts[1:]
 
 
 def from_gram(r, where):
     """wangclnlp/GRAM-RR-TrainingData: {instruction, input, output}. The label stands in the
     output's <answer>; the synthetic rationale is not used (MSRL 5.1)."""
-    found = _GRAM.search(r["instruction"])
+    found = between(r["instruction"], _GRAM)
     label = re.findall(r"<answer>\s*([AB])\s*</answer>", r["output"])
     if not found or len(label) != 1:
         raise BadRow("is no GRAM-RR row: section markers or the <answer> label are missing")
-    prompt, a, b = found.groups()
+    prompt, a, b = found
     better, worse = (a, b) if label == ["A"] else (b, a)
     yield better_first(f"gram/{where}", prompt, better, worse, source="GRAM-RR-TrainingData")
 

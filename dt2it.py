@@ -96,7 +96,8 @@ class Config(bt_reward.Config):
 
 # 4.3, see bt_reward.py. --data is D_0, what --construct wrote. The paper curates RLAIF-V,
 # VLFeedback, POVID, WildVision-Battle and MM-RLHF in two --iterations. UNSPECIFIED: judge_tokens.
-PRESETS = {"dt2it": bt_reward.DT2IT | dict(data="runs/pairs/pairs.jsonl", judge_tokens=2048)}
+PRESETS = {"dt2it": bt_reward.DT2IT | dict(data="runs/pairs/pairs.jsonl", media_root="data",
+                                           judge_tokens=2048)}
 
 
 # ---------------------------------------------------------------------- debiased construction (3.1)

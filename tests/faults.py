@@ -59,11 +59,11 @@ def runs_of(world):
     judge = world / "judge"
     sft = {"model": PREBUILT, "lr": 1e-3, "batch_size": 4, "save_every": 2, "max_new_tokens": 24,
            "heldout": world / "heldout_text.jsonl"}
-    rl = {"model": judge, "lr": 1e-3, "group_size": 4, "micro_batch": 2, "max_steps": 6,
-          "save_every": 2, "log_rollouts_every": 1, "eval_every": 4, "max_new_tokens": 24,
+    rl = {"model": judge, "lr": 1e-3, "group_size": 4, "micro_batch": 2, "max_steps": 12,
+          "save_every": 2, "log_rollouts_every": 1, "eval_every": 5, "max_new_tokens": 24,
           "temperature": 1.5, "heldout": world / "heldout_text.jsonl"}
     return {
-        "stage0_sft": (stage0_sft.main, {**sft, "data": world / "sft.jsonl", "epochs": 2}),
+        "stage0_sft": (stage0_sft.main, {**sft, "data": world / "sft.jsonl", "epochs": 6}),
         "stage1_text_grpo": (stage1_text_grpo.main, {
             **rl, "data": world / "text_rl.jsonl", "batch_size": 4}),
         "stage2_caption_grpo": (stage2_caption_grpo.main, {
@@ -71,11 +71,11 @@ def runs_of(world):
             "replay": world / "text_rl.jsonl", "replay_candidates": 12}),
         "stage2b_cmkd": (stage2b_cmkd.main, {
             **sft, "model": judge, "data": world / "caption_rl.jsonl", "samples": 3,
-            "rollout_batch": 4, "epochs": 4}),
+            "rollout_batch": 4, "epochs": 8}),
         "stage3_mm_grpo": (stage3_mm_grpo.main, {
             **rl, "data": world / "mm_rl.jsonl", "batch_size": 4}),
         "bt_reward": (bt_reward.main, {
-            "model": PREBUILT, "data": f"{world}/mm_rl.jsonl,{world}/text_rl.jsonl", "epochs": 2,
+            "model": PREBUILT, "data": f"{world}/mm_rl.jsonl,{world}/text_rl.jsonl", "epochs": 5,
             "batch_size": 4, "save_every": 2, "lr": 1e-3,
             "heldout": world / "heldout_image_generation.jsonl"})}
 
@@ -104,6 +104,7 @@ def start(main, settings, out):
         return process
     code = 1
     try:
+        torch.set_num_threads(1)  # makes torch's pool anew, before threads of ours race to do it
         log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -409,7 +410,8 @@ def fuzz_rows(n, encoder, folder, rng):
         if must[number] or any(wrong):
             problems.append(f"{where}: used in spite of {wrong}: {made[number - 1][0][:300]}")
     # and all of it through the door that users take
-    if not problems and used != len(data.load_rows(str(path), encoder, skip_bad_rows=True)):
+    if not problems and used != len(data.load_rows(str(path), encoder, skip_bad_rows=True,
+                                                      quiet=True)):
         problems.append("load_rows() takes other rows")
     return counts, problems
 
@@ -539,7 +541,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs for each script")
-    parser.add_argument("--terms", type=int, default=3, help="SIGTERMs for each script")
+    parser.add_argument("--terms", type=int, default=5, help="SIGTERMs for each script")
     parser.add_argument("--scripts", nargs="*", help="these only; without a name none is killed")
     parser.add_argument("--rows", type=int, default=1000, help="altered rows; 0: none")
     parser.add_argument("--media", type=int, default=300, help="altered media files; 0: none")

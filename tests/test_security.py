@@ -19,7 +19,7 @@ from PIL import Image
 
 import api
 import common
-from data import find_medium, load_rows, media_roots, read_benchmark
+from data import convert, find_medium, load_rows, media_roots, read_benchmark
 import eval
 import stage2_caption_grpo as stage2
 
@@ -280,6 +280,18 @@ def test_a_pipe_is_not_waited_for(here):
     os.mkfifo("pipe")
     assert "is no file" in refused("pipe")
     assert "is no file" in refused("pipe", video=True)
+
+
+@pytest.mark.parametrize("text", ["[User Question]" + " " * 20_000, "".join(
+    f"[{mark}]" * 300 for mark in ("User Question", "The Start of Assistant A's Response", "The End "
+                                   "of Assistant A's Response", "The Start of Assistant B's Answer"))],
+    ids=["spaces", "marks"])
+def test_a_row_of_gram_without_an_end_is_refused_at_once(text):
+    # kills: one expression for all marks, which tries hours of ways to part them
+    began = time.time()
+    with pytest.raises(common.BadRow, match="section markers"):
+        list(convert({"instruction": text, "output": "<answer>A</answer>"}, "x.jsonl:1"))
+    assert time.time() - began < 2
 
 
 # ---------------------------------------------------------------------------------- pickle and code
