@@ -282,10 +282,12 @@ def test_a_pipe_is_not_waited_for(here):
     assert "is no file" in refused("pipe", video=True)
 
 
-@pytest.mark.parametrize("text", ["[User Question]" + " " * 20_000, "".join(
-    f"[{mark}]" * 300 for mark in ("User Question", "The Start of Assistant A's Response", "The End "
-                                   "of Assistant A's Response", "The Start of Assistant B's Answer"))],
-    ids=["spaces", "marks"])
+MARKS = ("[User Question]", "[The Start of Assistant A's Response]", "[The End of Assistant A's "
+         "Response] [The Start of Assistant B's Answer]")
+
+
+@pytest.mark.parametrize("text", ["[User Question]" + " " * 20_000,
+                                  "".join(mark * 300 for mark in MARKS)], ids=["spaces", "marks"])
 def test_a_row_of_gram_without_an_end_is_refused_at_once(text):
     # kills: one expression for all marks, which tries hours of ways to part them
     began = time.time()
