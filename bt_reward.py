@@ -62,6 +62,8 @@ class Config:
     # data
     heldout: str = knob(HELDOUT, "rows scored before and after; '' for none")
     exclude: str = knob("", "benchmark files; training rows that are also in them are left out")
+    media_root: str = knob("", "folders, separated by commas, where rows' media may lie, too; else "
+                           "in that of their file")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
     t2i: Literal["pair", "swap"] = knob(
         "pair", "generation rows. 'pair': both media in one prompt, the response says which is "
@@ -256,13 +258,17 @@ def train(cfg, device, out, rows=None):
         loss, = common.sum_over_ranks(loss)
         metrics = describe(common.gather_list(batch), common.gather_list(scores))
         bar.set_postfix(loss=f"{loss:.3f}", acc=f"{metrics['accuracy']:.2f}", refresh=False)
+        stop = bar.stop_asked()  # SIGTERM
         if common.rank() == 0:
             common.log_step(out, {
                 "step": step + 1, "loss": loss, "grad_norm": norm, "lr": rate, **metrics,
+                "skipped_steps": int(not math.isfinite(norm)),
                 "step_time": time.time() - began, "peak_memory_gb": common.peak_memory_gb()},
                 cfg.tracker)
-            if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
+            if stop or (step + 1) % cfg.save_every == 0 or step + 1 == steps:
                 common.save_state(out, model, optimizer, step + 1, cfg, **kept)
+        if stop:
+            common.end_stopped(out, step + 1)
     after = evaluate(model, encoder, heldout, cfg, "after") if heldout else None
     if common.rank() == 0:
         save(out, model, encoder, cfg, steps, {"before": kept.get("before"), "after": after})
@@ -337,7 +343,8 @@ def evaluate(model, encoder, rows, cfg, when):
 def save(out, model, encoder, cfg, step, heldout):
     """Write the head to a file of its own, and the rest as an ordinary checkpoint."""
     head = model.reward_head
-    save_file(head.state_dict(), Path(out, "reward_head.safetensors"))
+    with common.writing(Path(out, "reward_head.safetensors")):
+        save_file(head.state_dict(), Path(out, "reward_head.safetensors"))
     del model.reward_head
     common.save_checkpoint(out, model, encoder, stage=STAGE, parent=cfg.model, step=step,
                            config=asdict(cfg), heldout=heldout)
@@ -417,7 +424,7 @@ def load_pairs(sources, encoder, settings, cfg, exclude=""):
     reader = SimpleNamespace(forbidden=encoder.forbidden, check=check,
                              kept_as=f"{encoder.kept_as} {settings}")
     rows = load_rows(sources, reader, "pixels", cfg.max_prompt_tokens, cfg.skip_bad_rows,
-                     exclude)
+                     cfg.media_root, exclude)
     kept = [row for row in rows if not candidates_are_equal(row, encoder, settings)]
     limit = settings["max_response_tokens"]
     if common.rank() == 0 and len(kept) < len(rows):

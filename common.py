@@ -16,10 +16,11 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import random
 import re
 import shutil
+import signal
+import time
 import zlib
 from collections import Counter
 from contextlib import contextmanager
@@ -655,6 +656,14 @@ def check_row(row, folder, forbidden=FORBIDDEN) -> Row:
     if row.get("rationale"):
         tags = [tag for tag in forbidden if tag not in ("<type>", "</type>")]
         check_text("rationale", row["rationale"], tags)
+    for key in ("subset", "group", "source"):  # rows are counted by them
+        if not isinstance(row.get(key) or "", (str, int)):
+            raise BadRow(f"{key!r} is {type(row[key]).__name__}, not a string")
+    try:  # also of the id, of paths and of keys that only we know nothing of: all may be written
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except (ValueError, RecursionError):
+        raise BadRow("has a key or value that is not valid Unicode, or too deep; mend the file"
+                     ) from None
     row["media"] = [str(Path(folder, path)) for path in row["media"]]
     return row
 
@@ -702,17 +711,51 @@ IMAGE_TOKEN = "<IMG_CONTEXT>"  # InternVL's placeholder
 QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 VISION_MODELS = ("internvl", *QWEN_VL)
 VIDEO_SETTINGS = "video_preprocessor_config.json"  # not for us, but for who serves a checkpoint
+NO_CODE = {"trust_remote_code": False}  # a folder is data; nor is a pickle read, see load()
+
+
+# Media are not to be trusted: a few kilobytes can unpack to gigabytes, and a file that ends in .mp4
+# can be a list of other files to read.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")   # not EPS, which runs a program
+VIDEO_FORMATS = "mp4,webm,avi,mpegts,mpeg,flv,asf,ogg,nut,gif"  # none that names other files
+MAX_PIXELS = 89_478_485  # of an image or a frame: 256 MiB as RGB; from here on Pillow warns
+MAX_FRAMES = 108_000     # of a video: an hour at 30 a second
+MAX_VIDEO_PIXELS = MAX_FRAMES * 1920 * 1080  # of all its frames together
+
+
+def check_file(kind, path):
+    """Raises BadRow for what is no file, such as a pipe, which would be read for ever."""
+    if not os.path.exists(path):
+        raise BadRow(f"{kind} {path} does not exist")
+    if not os.path.isfile(path):
+        raise BadRow(f"{kind} {path} is no file; replace the file by one")
 
 
 def open_image(path):
     """-> a PIL image in RGB. Raises BadRow."""
+    check_file("image", path)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadRow(f"image {path} has {image.width} x {image.height} pixels, more than "
+                             f"{MAX_PIXELS:,}; make it smaller")
             return image.convert("RGB")  # convert() decodes, so a truncated file fails here
-    except FileNotFoundError:
-        raise BadRow(f"image {path} does not exist") from None
+    except BadRow:
+        raise
     except Exception as e:  # Pillow raises a dozen kinds for corrupt files
         raise BadRow(f"image {path} cannot be read ({e}); replace the file") from e
+
+
+def decoded(path):
+    """Yield the frames of a video file, each with its time in seconds; none without a video."""
+    import av  # here, because only video files need it
+    # an absolute path, for "concat:a.mp4" would be an instruction
+    with av.open(os.path.abspath(path), options={"format_whitelist": VIDEO_FORMATS}) as container:
+        for stream in container.streams.video[:1]:
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+            rate = float(stream.average_rate or 24)
+            for i, frame in enumerate(container.decode(stream)):
+                yield frame, i / rate
 
 
 def open_video(path, frames):
@@ -720,33 +763,30 @@ def open_video(path, frames):
     from a folder of images. -> list of PIL images, a file's with .info["seconds"]. Raises BadRow.
     Decodes twice, because containers lie about their number of frames and all frames of a long
     video do not fit into memory."""
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         files = [file for file in Path(path).iterdir()
                  if file.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]
         files.sort(key=lambda file: (len(file.name), file.name))  # 2.png before 10.png
         return [open_image(files[i]) for i in spread(len(files), frames, path)]
 
-    import av  # here, because only video files need it
-
-    def decode(container):
-        for stream in container.streams.video[:1]:
-            yield from container.decode(stream)
+    check_file("video", path)
     try:
-        with av.open(str(path)) as container:
-            count = sum(1 for _ in decode(container))
+        count = pixels = 0
+        for frame, _ in decoded(path):
+            count += 1
+            pixels += frame.width * frame.height
+            if count > MAX_FRAMES or pixels > MAX_VIDEO_PIXELS:
+                raise BadRow(f"video {path} is too long: {count:,} frames and more of {frame.width}"
+                             f" x {frame.height}; cut it, or take a folder of some of its frames")
         chosen = spread(count, frames, path)
-        with av.open(str(path)) as container:
-            rate = float(container.streams.video[0].average_rate or 24)
-            images = []
-            for i, frame in enumerate(decode(container)):
-                if i in chosen:
-                    images.append(frame.to_image())
-                    images[-1].info["seconds"] = i / rate
-            return images
+        images = []
+        for i, (frame, seconds) in enumerate(decoded(path)):
+            if i in chosen:
+                images.append(frame.to_image())
+                images[-1].info["seconds"] = seconds
+        return images
     except BadRow:
         raise
-    except FileNotFoundError:
-        raise BadRow(f"video {path} does not exist") from None
     except Exception as e:
         raise BadRow(f"video {path} cannot be read ({e}); replace the file") from e
 
@@ -782,7 +822,7 @@ class Encoder:
     """Turns rows into Prompts for one checkpoint: tokenizer, image processor and special ids."""
 
     def __init__(self, folder, config, frames=8, max_tiles=12, style="msrl", max_pixels=0):
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
         self.kind = config.model_type
         self.frames, self.max_tiles, self.style = frames or 8, max_tiles or 12, style
         self.image_token_id = getattr(config, "image_token_id", None)
@@ -794,7 +834,7 @@ class Encoder:
         if self.image_token_id is not None:
             limit = {"max_pixels": max_pixels} if max_pixels else {}  # else the checkpoint's own
             self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil",
-                                                                      **limit)
+                                                                      **limit, **NO_CODE)
             self.tokens_per_tile = getattr(config, "image_seq_length", None)  # InternVL
             self.positions_per_second = getattr(config.vision_config, "tokens_per_second", None)
         self.video_settings = cached_file(folder, VIDEO_SETTINGS,
@@ -1040,16 +1080,18 @@ def load(folder, device="cpu", made_by="", **encoder_args):
     default folder, whose name is that of the script that makes it, for the message if there is no
     checkpoint.
 
+    Only safetensors are read: a pytorch_model.bin is a pickle, which can run anything.
     fp32 on purpose: a learning rate of 1e-6 on bf16 weights rounds away (the default dtype of
     transformers 5 is the file's, usually bf16). On a GPU, autocast computes in bf16.
     """
     maker = check_checkpoint(folder, made_by)
     try:
         auto = auto_class(folder)
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, **NO_CODE)
         encoder = Encoder(folder, config, **encoder_args)
-        model, found = auto.from_pretrained(folder, dtype=torch.float32,
-                                            attn_implementation="sdpa", output_loading_info=True)
+        model, found = auto.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
+                                            attn_implementation="sdpa", output_loading_info=True,
+                                            **NO_CODE)
         if found["missing_keys"]:  # transformers would fill them with random numbers, and go on
             raise ValueError(f"{len(found['missing_keys'])} weights are missing, the first is "
                              f"{sorted(found['missing_keys'])[0]}")
@@ -1209,15 +1251,17 @@ def save_checkpoint(folder, model, encoder, **info):
     folder = Path(folder)
     part = folder / "checkpoint.tmp"
     shutil.rmtree(part, ignore_errors=True)
-    with adapter_merged(model):
+    with writing(part), adapter_merged(model):
         model.save_pretrained(part)
-    encoder.tokenizer.save_pretrained(part)
-    if encoder.image_processor is not None:
-        encoder.image_processor.save_pretrained(part)
-    if encoder.video_settings is not None:
-        shutil.copy(encoder.video_settings, part / VIDEO_SETTINGS)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    (part / "stage.json").write_text(json.dumps({**info, "versions": versions}, indent=2) + "\n")
+    with writing(part):
+        encoder.tokenizer.save_pretrained(part)
+        if encoder.image_processor is not None:
+            encoder.image_processor.save_pretrained(part)
+        if encoder.video_settings is not None:
+            shutil.copy(encoder.video_settings, part / VIDEO_SETTINGS)
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        about = json.dumps({**info, "versions": versions}, indent=2)
+        (part / "stage.json").write_text(about + "\n")
     (folder / "stage.json").unlink(missing_ok=True)
     for path in sorted(part.iterdir(), key=lambda path: path.name == "stage.json"):
         os.replace(path, folder / path.name)
@@ -1227,7 +1271,13 @@ def save_checkpoint(folder, model, encoder, **info):
 def stage_of(folder):
     """What a checkpoint's stage.json says; {} if no script of ours wrote it."""
     file = Path(folder, "stage.json")
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as e:
+        raise SystemExit(f"{file}: is not what our scripts write ({e}); make {folder} anew."
+                         ) from None
 
 
 def trained_style(folder):
@@ -1538,23 +1588,72 @@ def make_optimizer(model, lr):
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
 
 
+MAX_SKIPPED = 3  # optimiser steps in a row
+
+
 def optimizer_step(optimizer, parameters, max_grad_norm):
     """Sum the gradients over processes, clip their norm, take a step. -> the norm before the clip.
-    A gradient that is no number would ruin every weight for good: the run stops instead."""
+    A gradient that is no number would ruin every weight for good: the step is left out, and after
+    MAX_SKIPPED of them in a row the run stops. The norm is the same number on every process, so
+    all do the same."""
     sum_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-    if not math.isfinite(norm):  # the same number on every process, so all stop together
-        raise SystemExit(f"the gradient became {norm}; no step was taken. Go on from the last "
-                         "saved state with a smaller --lr; see metrics.jsonl.")
-    optimizer.step()
+    if math.isfinite(norm):
+        optimizer.skipped = 0
+        optimizer.step()
+    else:
+        optimizer.skipped = getattr(optimizer, "skipped", 0) + 1
     optimizer.zero_grad(set_to_none=True)
+    if optimizer.skipped == MAX_SKIPPED:
+        raise SystemExit(f"the gradient was {norm} {MAX_SKIPPED} times in a row; no such step was "
+                         "taken. Go on from the last saved state with a smaller --lr; see "
+                         "metrics.jsonl.")
     return norm
 
 
 def progress(start, stop, desc):
-    """The steps still to do, with a bar that shows an ETA."""
-    return tqdm(range(start, stop), initial=start, total=stop, desc=desc, disable=rank() > 0,
-                mininterval=2)
+    return Steps(range(start, stop), initial=start, total=stop, desc=desc, disable=rank() > 0,
+                 mininterval=2)
+
+
+class Steps(tqdm):
+    """The steps still to do, with a bar that shows an ETA. As long as they go on SIGTERM, by which
+    torchrun and schedulers end a job, is only noted. The loop asks for it once a step, saves and
+    ends. Before the first step and after the last there is nothing to save: it ends us at once."""
+
+    def __iter__(self):
+        self.noted_at = None
+        before = signal.signal(signal.SIGTERM, self.note)
+        try:
+            yield from super().__iter__()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        if self.noted_at is not None:  # after the last question
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def note(self, *_):
+        """A second one ends us at once, unless it is the same one: what SLURM sends to all
+        processes, torchrun passes on to its own."""
+        if self.noted_at is None:
+            self.noted_at = time.monotonic()
+        elif time.monotonic() - self.noted_at > 5:  # seconds
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def stop_asked(self):
+        """Has any process noted it? All get the same answer, so all end after the same step."""
+        noted, = sum_over_ranks(self.noted_at is not None)
+        return noted > 0
+
+
+def end_stopped(folder, step):
+    """End all processes after a step that is saved, with what shells and SLURM call a process that
+    SIGTERM ended: after 0 they would begin with the next stage."""
+    if rank() == 0:
+        tqdm.write(f"{folder}: stopped by SIGTERM after step {step}, which is saved; the same "
+                   "command goes on.")
+    end_processes()
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def peak_memory_gb():
@@ -1591,7 +1690,8 @@ def _permutation(n, seed, epoch):
 # The run folder. Whenever a run is killed, the same command goes on from what is there.
 
 MAY_CHANGE = ("out", "lr", "max_steps", "save_every", "eval_every", "eval_rows", "eval_batch",
-              "micro_batch", "log_rollouts_every", "skip_bad_rows", "tracker")
+              "micro_batch", "log_rollouts_every", "skip_bad_rows", "media_root", "tracker")
+STATE = ("step", "model", "optimizer", "config", "file")  # in every state that open_run() returns
 
 
 def open_run(folder, config):
@@ -1612,9 +1712,13 @@ def open_run(folder, config):
         return None
     try:
         state = torch.load(state_file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        missing = [name for name in STATE[:-1] if name not in state]
+    except Exception as e:  # torch raises a dozen kinds for corrupt files
         raise SystemExit(f"{state_file}: is no saved state ({type(e).__name__}); delete it."
                          ) from None
+    if missing or not isinstance(state["config"], dict) or not isinstance(state["step"], int):
+        raise SystemExit(f"{state_file}: is no saved state of our scripts; take another --out.")
+    state["file"] = state_file
     changed = differences(state["config"], asdict(config), MAY_CHANGE)
     if changed:
         raise SystemExit(f"{state_file} belongs to a run with other settings ({changed}). Take "
@@ -1665,7 +1769,7 @@ def save_state(folder, model, optimizer, step, config, **kept):
     """Write to a side file, flush it to disk, then rename: whenever we are killed, state.pt is a
     whole state, the new one or the one before. `kept`: what else resume() is to give back."""
     part = Path(folder, "state.pt.tmp")
-    with open(part, "wb") as f:
+    with writing(part), open(part, "wb") as f:
         torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "config": asdict(config), **kept}, f)
         f.flush()
@@ -1677,12 +1781,39 @@ def resume(state, model, optimizer):
     """Load what open_run() found. -> the steps that are done, and what else was kept, as a dict."""
     if state is None:
         return 0, {}
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in optimizer.state.items():
+            if moments["exp_avg"].shape != parameter.shape:
+                raise ValueError("the optimiser's moments have other shapes")
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise SystemExit(f"{state['file']}: does not fit the model ({type(e).__name__}: "
+                         f"{first_line(e)}). Take another --out, or delete the folder.") from None
     for group in optimizer.param_groups:
         group["lr"] = optimizer.defaults["lr"]  # --lr may have changed
-    known = ("step", "model", "optimizer", "config")
-    return state["step"], {name: value for name, value in state.items() if name not in known}
+    return state["step"], {name: value for name, value in state.items() if name not in STATE}
+
+
+def first_line(error):
+    return (str(error).strip() or "?").splitlines()[0]
+
+
+@contextmanager
+def writing(path, aside=True):
+    """Around what writes a file or folder. If the disk is full, or it cannot be written for another
+    reason, one line says so. What is written `aside`, to be renamed, is removed."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:
+        if aside:
+            shutil.rmtree(path, ignore_errors=True)  # a folder
+            Path(path).unlink(missing_ok=True)
+        if isinstance(e, RuntimeError) and e.__context__:  # of torch.save() that ends its file
+            e = e.__context__
+        why = getattr(e, "strerror", None) or first_line(e)
+        raise SystemExit(f"{path}: cannot be written ({why}). What was saved before is whole: make "
+                         "room there, and the same command goes on.") from None
 
 
 def resumed(path, made_by, rows, work, chunk=256, desc=None):
@@ -1726,7 +1857,7 @@ def stamps(*paths):
     found = []
     for path in paths:
         for file in (Path(path), Path(path, "stage.json"), Path(path, "model.safetensors")):
-            if file.is_file():
+            if os.path.isfile(file):  # Path's raises an error for a name that is too long
                 found.append([str(file), file.stat().st_size, file.stat().st_mtime])
     return found
 
@@ -1747,11 +1878,13 @@ def whole_lines(path):
 def write_lines(path, rows):
     """Replace a .jsonl as a whole: whenever we are killed, it is the old one or the new one."""
     part = Path(path).with_suffix(".tmp")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    os.replace(part, path)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with writing(part):
+        part.write_text(text, "utf-8")
+        os.replace(part, path)
 
 
 def append(path, *rows):
-    with open(path, "a", encoding="utf-8") as f:
+    with writing(path, aside=False), open(path, "a", encoding="utf-8") as f:
         for row in rows:
             f.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -11,6 +11,7 @@ The loss is the mean negative log-likelihood of the answer's tokens, its end-of-
 included and the prompt's tokens not.
 """
 
+import math
 import re
 import time
 from dataclasses import asdict, dataclass
@@ -52,6 +53,8 @@ class Config:
                            "0: as it says (MSRL's script: 1003520, R1-Reward's: 501760)")
     max_prompt_tokens: int = knob(2048, "longer prompts are skipped and counted, never cut")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
+    media_root: str = knob("", "folders, separated by commas, where rows' media may lie, too; else "
+                           "in that of their file")
     exclude: str = knob("", "benchmark files; training rows that are in them too are left out "
                         "(the paper's S1 is built from VL-RewardBench's sources)")
 
@@ -199,13 +202,17 @@ def finetune(model, encoder, rows, target, heldout, state, cfg, stage, may_swap,
         norm = common.optimizer_step(optimizer, common.trainable(model), cfg.max_grad_norm)
         nll, = common.sum_over_ranks(nll)
         bar.set_postfix(loss=f"{nll:.3f}", refresh=False)
+        stop = bar.stop_asked()  # SIGTERM
         if common.rank() == 0:
             common.log_step(cfg.out, {
-                "step": step + 1, "loss": nll, "grad_norm": norm, "num_tokens": tokens,
+                "step": step + 1, "loss": nll, "grad_norm": norm,
+                "skipped_steps": int(not math.isfinite(norm)), "num_tokens": tokens,
                 "step_time": time.time() - began, "peak_memory_gb": common.peak_memory_gb()},
                 cfg.tracker)
-            if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
+            if stop or (step + 1) % cfg.save_every == 0 or step + 1 == steps:
                 common.save_state(cfg.out, model, optimizer, step + 1, cfg, **kept)
+        if stop:
+            common.end_stopped(cfg.out, step + 1)
 
     after = None
     if heldout:
@@ -236,7 +243,7 @@ def main():
                                  frames=cfg.frames, max_tiles=cfg.max_tiles,
                                  max_pixels=cfg.max_pixels)
 
-    limits = cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows
+    limits = cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows, cfg.media_root
     rows = load_rows(cfg.data, encoder, *limits, cfg.exclude)
     if cfg.target == "rationale":
         with_rationale = [row for row in rows if row.get("rationale")]

@@ -77,6 +77,8 @@ class Config:
         "<think>, not in it) or 'r1' (1/2, R1-Reward's Table 1; no generation rows)")
     max_prompt_tokens: int = knob(1024, "longer prompts are skipped and counted, never cut")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
+    media_root: str = knob("", "folders, separated by commas, where rows' media may lie, too; else "
+                           "in that of their file")
     exclude: str = knob("", "benchmark files; training rows that are in them too are left out "
                         "(the paper's S1 is built from VL-RewardBench's sources)")
     min_attempts: int = knob(0, "train on rows that took eval.py --attempts this many or more "
@@ -264,7 +266,7 @@ def grpo_update(model, ref, encoder, optimizer, prompts, answers, advantage, kee
         old = frozen_logps(model, encoder, prompts, answers, minis, cfg)
     if ref is not None:
         reference = frozen_logps(ref, encoder, prompts, answers, minis, cfg)
-    difference = Counter()
+    difference, skipped = Counter(), 0
     for step, mini in enumerate(minis * cfg.updates_per_rollout):
         if mini.start == 0:  # a new pass
             totals = Counter()
@@ -289,8 +291,10 @@ def grpo_update(model, ref, encoder, optimizer, prompts, answers, advantage, kee
                 gap = (logp.detach() - token_values(sampled[part], owner)).abs()
                 add_up(difference, {"sampling/sampling_logp_difference/mean": gap}, owner)
         norm = common.optimizer_step(optimizer, common.trainable(model), cfg.max_grad_norm)
+        skipped += not math.isfinite(norm)
     loss, = sum_over_ranks(totals.pop("loss") / len(minis))
-    return {"loss": loss, "grad_norm": norm, **token_means(totals), **token_means(difference)}
+    return {"loss": loss, "grad_norm": norm, "skipped_steps": skipped, **token_means(totals),
+            **token_means(difference)}
 
 
 def pieces(start, stop, size):
@@ -353,9 +357,9 @@ def main():
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = common.make_optimizer(model, cfg.lr)
-    limits = FORM, cfg.max_prompt_tokens, cfg.skip_bad_rows
+    limits = FORM, cfg.max_prompt_tokens, cfg.skip_bad_rows, cfg.media_root
     texts = n_replay(cfg) and load_rows(cfg.replay, encoder, *limits, exclude=cfg.exclude)
-    rows = load_rows(data, encoder, *limits, exclude=cfg.exclude)
+    rows = load_rows(data, encoder, *limits, exclude=cfg.exclude, origin=cfg.data)
     rows = hard_rows(rows, cfg.min_attempts)
     heldout = load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
     heldout_subset = heldout[::max(1, len(heldout) // cfg.eval_rows)]  # spread over all tasks
@@ -417,6 +421,7 @@ def main():
             result = common.evaluate(model, encoder, heldout_subset, cfg, f"step {done}", FORM,
                                      sample_group)
             metrics["eval_accuracy"] = result["accuracy"]
+        stop = bar.stop_asked()  # SIGTERM
         if common.rank() == 0:
             common.log_step(cfg.out, {"step": done, **metrics}, cfg.tracker)
             if cfg.log_rollouts_every and step % cfg.log_rollouts_every == 0:
@@ -429,8 +434,10 @@ def main():
                     "reward": rewards[b].tolist(), "advantages": advantage[b].tolist(),
                     "kept": keep[b].tolist(), **logged_tokens(
                         model, encoder, prompts[b], rollout.ids[b], rollout.logp[b], cfg)})
-            if done % cfg.save_every == 0 or done == cfg.max_steps:
+            if stop or done % cfg.save_every == 0 or done == cfg.max_steps:
                 common.save_state(cfg.out, model, optimizer, done, cfg, **saved)
+        if stop:
+            common.end_stopped(cfg.out, done)
         bar.set_postfix(reward=f"{metrics['reward']:.3g}", kl=f"{metrics.get('kl', 0):.3g}",
                         acc=f"{metrics['rewards/accuracy/mean']:.3g}", refresh=False)
 

@@ -59,6 +59,8 @@ class Config:
     max_pixels: int = knob(0, "of an image for Qwen-VL, see stage 0; 0: as the checkpoint says")
     max_prompt_tokens: int = knob(2048, "longer prompts are skipped and counted, never cut")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
+    media_root: str = knob("", "folders, separated by commas, where rows' media may lie, too; else "
+                           "in that of their file")
     exclude: str = knob("", "benchmark files; training rows that are in them too are left out "
                         "(the paper's S1 is built from VL-RewardBench's sources)")
 
@@ -85,8 +87,8 @@ class Config:
         "none", "draws the curves of metrics.jsonl elsewhere, too, if it is installed")
 
 
-PAPER = dict(data="runs/stage2_caption_grpo/captioned.jsonl", heldout="", lr=2e-6,
-             batch_size=128, micro_batch=1, epochs=1,
+PAPER = dict(data="runs/stage2_caption_grpo/captioned.jsonl", media_root="data", heldout="",
+             lr=2e-6, batch_size=128, micro_batch=1, epochs=1,
              max_prompt_tokens=8192, max_new_tokens=1024, gradient_checkpointing=True,
              skip_bad_rows=True)
 PRESETS = {"paper": PAPER}
@@ -188,7 +190,7 @@ def main():
     teacher = copy.copy(student)  # the same model is both; they may be asked in different words
     teacher.style = "msrl"
     # what can fail comes before hours of sampling: both prompts are measured, in their own words
-    limits = cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows
+    limits = cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows, cfg.media_root
     heldout = load_rows(cfg.heldout, student, *limits) if cfg.heldout else []
     loaded = load_rows(cfg.data, student, *limits, cfg.exclude)
     captioned = [row for row in loaded if row["captions"] or not row["media"]]

@@ -149,13 +149,13 @@ def run_there(args, check=True, **variables):
     return done
 
 
-def torchrun(args):
+def torchrun(args, check=True):
     """python -m torch.distributed.run with 2 processes, gloo, on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return run_there(["-m", "torch.distributed.run", "--nproc_per_node=2",
-                      "--master_addr=127.0.0.1", f"--master_port={port}", *args])
+                      "--master_addr=127.0.0.1", f"--master_port={port}", *args], check)
 
 
 def rejects(check, *args):
@@ -181,6 +181,12 @@ def text_only_model(tokenizer, tie_word_embeddings):
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=4096,
         tie_word_embeddings=tie_word_embeddings, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id))
+
+
+def lasting(metrics):
+    """What a metrics line says of the run, without what it says of the machine."""
+    machine = ("step_time", "sample_time", "tokens_per_second", "peak_memory_gb")
+    return {name: value for name, value in metrics.items() if name not in machine}
 
 
 def weights_of(folder):
