@@ -38,6 +38,7 @@ from accelerate import PartialState, tracking
 from accelerate.utils import gather_object
 from PIL import Image
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
@@ -45,6 +46,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
+
+import sharding
 
 transformers.utils.logging.disable_progress_bar()  # its bars are about files; ours are about work
 
@@ -1030,22 +1033,26 @@ def auto_class(folder):
                      "of transformers (llama, qwen3, gemma3_text, ...).")
 
 
-def load(folder, device="cpu", made_by="", **encoder_args):
+def load(folder, device="cpu", made_by="", shards=False, **encoder_args):
     """-> model (fp32 weights, eval mode) and its Encoder. Takes one of VISION_MODELS or a text-only
     causal LM (stages 0 and 1), as a folder of plain save_pretrained or a hub id. `made_by`: the
     default folder, whose name is that of the script that makes it, for the message if there is no
-    checkpoint.
+    checkpoint. `shards`: for sharding.shard(), on the CPU in the first process and without weights
+    (device "meta") in the others.
 
     fp32 on purpose: a learning rate of 1e-6 on bf16 weights rounds away (the default dtype of
     transformers 5 is the file's, usually bf16). On a GPU, autocast computes in bf16.
     """
     maker = check_checkpoint(folder, made_by)
+    if shards:
+        device = "cpu" if rank() == 0 else "meta"
     try:
         auto = auto_class(folder)
         config = AutoConfig.from_pretrained(folder)
         encoder = Encoder(folder, config, **encoder_args)
-        model, found = auto.from_pretrained(folder, dtype=torch.float32,
-                                            attn_implementation="sdpa", output_loading_info=True)
+        model, found = auto.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True,
+            device_map="meta" if str(device) == "meta" else None)
         if found["missing_keys"]:  # transformers would fill them with random numbers, and go on
             raise ValueError(f"{len(found['missing_keys'])} weights are missing, the first is "
                              f"{sorted(found['missing_keys'])[0]}")
@@ -1124,6 +1131,8 @@ def reference(model):
     without it."""
     if adapted_layers(model):
         return AdapterOff(model)
+    if sharding.is_sharded(model):
+        return sharding.twin(load(model.name_or_path, "meta")[0], model)
     return copy.deepcopy(model).requires_grad_(False)
 
 
@@ -1189,12 +1198,18 @@ def autocast(device):
 
 
 def save_checkpoint(folder, model, encoder, **info):
-    """Write the checkpoint; stage.json last, so a folder that has one is complete."""
+    """Write the checkpoint; stage.json last, so a folder that has one is complete. All processes
+    call it, the first one writes."""
     folder = Path(folder)
     part = folder / "checkpoint.tmp"
-    shutil.rmtree(part, ignore_errors=True)
     with adapter_merged(model):
-        model.save_pretrained(part)
+        weights = sharding.full_state(model)
+        if rank() > 0:
+            return
+        shutil.rmtree(part, ignore_errors=True)
+        # transformers copies a file's weights to write it: not all of them at once
+        size = "5GB" if sharding.is_sharded(model) else "50GB"
+        model.save_pretrained(part, state_dict=weights, max_shard_size=size)
     encoder.tokenizer.save_pretrained(part)
     if encoder.image_processor is not None:
         encoder.image_processor.save_pretrained(part)
@@ -1203,6 +1218,8 @@ def save_checkpoint(folder, model, encoder, **info):
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     (part / "stage.json").write_text(json.dumps({**info, "versions": versions}, indent=2) + "\n")
     (folder / "stage.json").unlink(missing_ok=True)
+    for old in folder.glob("model*.safetensors*"):  # of another number of files, they would mix
+        old.unlink()
     for path in sorted(part.iterdir(), key=lambda path: path.name == "stage.json"):
         os.replace(path, folder / path.name)
     part.rmdir()
@@ -1237,29 +1254,38 @@ def judge(model, encoder, rows, sample, form="pixels", votes=1, temperature=1.0,
     jobs.sort(key=lambda job: rows[job[0]]["tokens"])  # alike lengths together: less padding
     batches = [jobs[k:k + batch_size] for k in range(0, len(jobs), batch_size)]
     predictions = []
-    for k in tqdm(range(rank(), len(batches), world()), desc=desc, leave=False, mininterval=1,
-                  disable=desc is None or rank() > 0):
-        prompts = []
-        for at, order in batches[k]:
-            row = rows[at] if order == "AB" else swap(rows[at])
-            prompts.append(encoder(row, form))
-        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + first_batch + k)
-        rollout = sample(model, encoder, prompts, votes, temperature if votes > 1 else 0.0,
-                         max_new_tokens, generator)
-        for b, (at, order) in enumerate(batches[k]):
-            for n, ids in enumerate(rollout.ids[b]):
-                text = encoder.decode(ids)
-                side = parse(text, encoder.style).verdict  # as shown
-                pred = OTHER[side] if side and order == "BA" else side
-                prediction = {"id": rows[at]["id"], "at": at, "order": order, "sample": n,
-                              "pred": pred, "text": text}
-                if scores and pred:
-                    p = verdict_probability(text, ids, rollout.logp[b][n], encoder)
-                    prediction["score_a"], prediction["score_b"] = p, 1 - p
-                    if pred == "B":
-                        prediction["score_a"], prediction["score_b"] = 1 - p, p
-                predictions.append(prediction)
+    with sharding.whole(model):  # processes have different numbers of batches
+        for k in tqdm(range(rank(), len(batches), world()), desc=desc, leave=False, mininterval=1,
+                      disable=desc is None or rank() > 0):
+            prompts = []
+            for at, order in batches[k]:
+                row = rows[at] if order == "AB" else swap(rows[at])
+                prompts.append(encoder(row, form))
+            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + first_batch + k)
+            rollout = sample(model, encoder, prompts, votes, temperature if votes > 1 else 0.0,
+                             max_new_tokens, generator)
+            predictions += verdicts(rows, batches[k], rollout, encoder, scores)
     return sorted(gather_list(predictions), key=lambda p: (p["at"], p["order"], p["sample"]))
+
+
+def verdicts(rows, jobs, rollout, encoder, scores) -> list[Prediction]:
+    """The answers of a rollout -> predictions. `jobs`: for each prompt the place of its row and the
+    order it was shown in."""
+    predictions = []
+    for b, (at, order) in enumerate(jobs):
+        for n, ids in enumerate(rollout.ids[b]):
+            text = encoder.decode(ids)
+            side = parse(text, encoder.style).verdict  # as shown
+            pred = OTHER[side] if side and order == "BA" else side
+            prediction = {"id": rows[at]["id"], "at": at, "order": order, "sample": n,
+                          "pred": pred, "text": text}
+            if scores and pred:
+                p = verdict_probability(text, ids, rollout.logp[b][n], encoder)
+                prediction["score_a"], prediction["score_b"] = p, 1 - p
+                if pred == "B":
+                    prediction["score_a"], prediction["score_b"] = 1 - p, p
+            predictions.append(prediction)
+    return predictions
 
 
 def verdict_probability(text, ids, logps, encoder):
@@ -1466,7 +1492,7 @@ def sum_over_ranks(*values):
 def sum_gradients(parameters):
     """Sum gradients over processes. A parameter this rank did not use counts as zero, so ranks with
     different kinds of rows cannot hang on one another."""
-    if world() == 1:
+    if world() == 1 or isinstance(parameters[0], DTensor):  # FSDP2 has summed in the backward
         return
     for parameter in parameters:
         if parameter.grad is None:
@@ -1489,7 +1515,7 @@ def optimizer_step(optimizer, parameters, max_grad_norm):
     """Sum the gradients over processes, clip their norm, take a step. -> the norm before the clip.
     A gradient that is no number would ruin every weight for good: the run stops instead."""
     sum_gradients(parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+    norm = sharding.full(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)).item()
     if not math.isfinite(norm):  # the same number on every process, so all stop together
         raise SystemExit(f"the gradient became {norm}; no step was taken. Go on from the last "
                          "saved state with a smaller --lr; see metrics.jsonl.")
@@ -1538,7 +1564,7 @@ def _permutation(n, seed, epoch):
 # The run folder. Whenever a run is killed, the same command goes on from what is there.
 
 MAY_CHANGE = ("out", "lr", "max_steps", "save_every", "eval_every", "eval_rows", "eval_batch",
-              "micro_batch", "log_rollouts_every", "skip_bad_rows", "tracker")
+              "micro_batch", "log_rollouts_every", "skip_bad_rows", "tracker", "shard")
 
 
 def open_run(folder, config):
@@ -1558,7 +1584,7 @@ def open_run(folder, config):
         _drop_log_after(folder, 0)  # killed before its first save: its log begins anew as well
         return None
     try:
-        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        state = torch.load(state_file, map_location="cpu", weights_only=True, mmap=world() > 1)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
         raise SystemExit(f"{state_file}: is no saved state ({type(e).__name__}); delete it."
                          ) from None
@@ -1610,20 +1636,28 @@ def _tracker(name, folder):
 
 def save_state(folder, model, optimizer, step, config, **kept):
     """Write to a side file, flush it to disk, then rename: whenever we are killed, state.pt is a
-    whole state, the new one or the one before. `kept`: what else resume() is to give back."""
+    whole state, the new one or the one before. `kept`: what else resume() is to give back. All
+    processes call it, the first one writes."""
     part = Path(folder, "state.pt.tmp")
-    with open(part, "wb") as f:
-        torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "config": asdict(config), **kept}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, Path(folder, "state.pt"))
+    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+             "config": asdict(config), **kept}
+    if sharding.is_sharded(model):
+        sharding.write(state, part)
+    elif rank() == 0:
+        with open(part, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+    if rank() == 0:
+        os.replace(part, Path(folder, "state.pt"))
 
 
 def resume(state, model, optimizer):
     """Load what open_run() found. -> the steps that are done, and what else was kept, as a dict."""
     if state is None:
         return 0, {}
+    if sharding.is_sharded(model):
+        state = sharding.cut(state, model, optimizer)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     for group in optimizer.param_groups:
