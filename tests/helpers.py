@@ -149,12 +149,12 @@ def run_there(args, check=True, **variables):
     return done
 
 
-def torchrun(args, check=True):
-    """python -m torch.distributed.run with 2 processes, gloo, on a free port."""
+def torchrun(args, check=True, processes=2):
+    """python -m torch.distributed.run with so many processes, gloo, on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return run_there(["-m", "torch.distributed.run", "--nproc_per_node=2",
+    return run_there(["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
                       "--master_addr=127.0.0.1", f"--master_port={port}", *args], check)
 
 
