@@ -1251,8 +1251,11 @@ def layer_masks(model, sees, positions):
 
 
 def autocast(device):
+    """bf16 on a GPU. In training without autocast's cache: a forward needs a weight once, and the
+    cache would keep all of them in bf16 to its end, those a sharded model has let go as well."""
     return torch.autocast(torch.device(device).type, torch.bfloat16,
-                          enabled=torch.device(device).type == "cuda")
+                          enabled=torch.device(device).type == "cuda",
+                          cache_enabled=not torch.is_grad_enabled())
 
 
 def save_checkpoint(folder, model, encoder, **info):
