@@ -23,7 +23,6 @@ import common
 from data import load_rows
 import stage0_sft
 import stage1_text_grpo as stage1
-import stage2_caption_grpo as stage2
 
 B, G, T, V = 3, 5, 7, 11  # sizes that no mixed-up axis can fit by accident
 OFF = math.inf            # max_grad_norm that never clips
@@ -1109,21 +1108,6 @@ def test_the_log_of_single_answers_tells_of_the_batch(world):
         logged = stage1.describe(stage1.Rollout([[[1]]] * 4, []), [["x"]] * 4, {}, every,
                                  every > 0, world.encoder)
         assert (logged["reward_std"], logged["frac_reward_zero_std"]) == (std, share)
-
-
-@pytest.mark.parametrize("mini_batch", [0, 6, 12])
-def test_every_mini_batch_of_stage_2_replays_its_share(mini_batch):
-    # kills: captions first and texts last, so that the last mini-batches are all text
-    cfg = stage2.Config(batch_size=24, replay_ratio="5:1", mini_batch=mini_batch)
-    rows = [{"id": f"c{k}", "task": "text", "media": [], "prompt": "", "responses": ["x", "y"],
-             "captions": [], "label": "A"} for k in range(30)]
-    texts = [{**row, "id": "t" + row["id"]} for row in rows]
-    batch = [row["id"] for row in stage2.mixed_batch(rows, texts, 0, cfg)]
-    plain = stage2.Config(batch_size=24, replay_ratio="5:1")
-    assert sorted(batch) == sorted(row["id"] for row in stage2.mixed_batch(rows, texts, 0, plain))
-    size = mini_batch or 24
-    for first in range(0, 24, size):
-        assert sum(name[0] == "t" for name in batch[first:first + size]) == size // 6
 
 
 def test_a_single_step_computes_nothing_twice(world, rollout, monkeypatch):

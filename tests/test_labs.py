@@ -95,7 +95,7 @@ def test_a_blank_fails_politely(folders, number):
     assert not report["passed"]
     for name, part in report["parts"].items():
         assert part == {"state": "blank", "mistakes": []}
-        assert any(re.fullmatch(rf"{name}: \w+\(\) is still blank: .+", line)
+        assert any(re.fullmatch(rf"{name}: \w+\(\) is still blank.*", line)
                    for line in report["lines"])
 
 
@@ -192,7 +192,7 @@ def test_only_the_functions_of_the_lab_are_cut_out(folders, number):
     for file, names in lab.LABS[number][1].items():
         for copied in (file, *lab.COPIES.get(file, ())):
             today, cut = (ROOT / copied).read_text(), (folders[number] / copied).read_text()
-            assert lab.replaced(cut, texts) == today
+            assert lab.replaced(cut, {name: texts[name] for name in names}) == today
             for name in names:
                 node, whole = lab.definitions(cut)[name], lab.definitions(today)[name]
                 if isinstance(node, ast.FunctionDef):

@@ -11,15 +11,26 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import test_bt
+import test_dt2it
+import test_eval
 import test_grpo
+import test_judging
 import test_rewards
+import test_stages
 import torch
 import wrong_versions
 from diagnosis import Part
+from helpers import text_row, thinks
 
+import bt_reward
 import common
+import dt2it
+import eval as evaluation
 import stage0_sft
 import stage1_text_grpo as stage1
+import stage2_caption_grpo as stage2
+import stage2b_cmkd as cmkd
 
 STAGE_1 = "stage1_text_grpo.py"
 
@@ -304,6 +315,174 @@ def packing_oracle(pack):
             assert max(errors[:2]) < 1e-4 and errors[2] < 5e-5, "not what one by one gives"
 
 
+# -------------------------------------------------------------------------------------- 7: replay
+def mixing_cases(seed):
+    """Ratio, batch, mini-batch, seed of the run."""
+    cases = {}
+    for ratio, size, _ in test_stages.SHARES:
+        cases[f"ratio {ratio}, batch {size}"] = ratio, size, 0, 0
+    for ratio, size, mini in (("5:1", 24, 6), ("5:1", 24, 12), ("2:1", 30, 10), ("1:1", 16, 4)):
+        cases[f"ratio {ratio}, batch {size}, mini-batches of {mini}"] = ratio, size, mini, seed
+    return cases
+
+
+def mixture(mixed_batch, case):
+    """-> texts in each mini-batch of nine batches, different captions and texts in all of them"""
+    ratio, size, mini, seed = case
+    cfg = stage2.Config(replay_ratio=ratio, batch_size=size, mini_batch=mini, seed=seed)
+    rows = [text_row(id=f"caption{i}") for i in range(31)]
+    replay = [text_row(id=f"text{i}") for i in range(19)]
+    counts, seen = [], set()
+    for step in range(9):
+        ids = [row["id"] for row in mixed_batch(rows, replay, step, cfg)]
+        for first in range(0, len(ids), mini or size):
+            counts.append(sum(name[:4] == "text" for name in ids[first:first + (mini or size)]))
+        seen |= set(ids)
+    texts = sum(name[:4] == "text" for name in seen)
+    return counts, len(seen) - texts, texts
+
+
+def choice_cases(seed):
+    """Verdicts in both orders: one row of each kind, and many by chance."""
+    named = ["right", "wrong", None]
+    cases = {f"the judge is {one} in AB, {other} in BA; right in both in the next row":
+             [(one, other), ("right", "right")] for one in named for other in named}
+    rng = random.Random(seed)
+    cases["verdicts by chance"] = [(rng.choice(named), rng.choice(named)) for _ in range(30)]
+    cases["no row is good"] = [("wrong", "right")]
+    return cases
+
+
+def chosen(choose_replay, verdicts):
+    """-> ids of the chosen rows, in the order of their numbers"""
+    texts = [text_row(id=f"{i:02}", label="ABB"[i % 3]) for i in range(40)]
+
+    def judge(model, encoder, rows, *args, **kwargs):
+        return test_stages.verdicts_of(rows, verdicts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "judge", judge)
+        cfg = stage2.Config(replay_candidates=36)
+        return sorted(row["id"] for row in choose_replay(None, None, texts, cfg))
+
+
+# ------------------------------------------------------------------------------- 8: distillation
+def selection_cases(seed):
+    cases = {}
+    for n, (texts, confidences, _) in enumerate(test_stages.SELECTED):
+        cases[f"by hand, {n}"] = texts, confidences
+    rng = random.Random(seed)
+    answers = [thinks("A"), thinks("B"), test_stages.malformed("A"), test_stages.malformed("B"),
+               "no verdict"]
+    for n in range(40):
+        texts = rng.choices(answers, [4, 3, 2, 2, 1], k=rng.randint(1, 8))
+        # log-probs, none of them twice
+        cases[f"by chance, {n}"] = texts, [-(k + 1) / 8 for k in rng.sample(range(20), len(texts))]
+    return cases
+
+
+# ------------------------------------------------------------------------------ 9: Bradley-Terry
+def bt_cases(seed):
+    cases = {}
+    for number in (1, 100 + seed):
+        for coefficient in (0.0, 0.07):
+            g = torch.Generator().manual_seed(number)
+            chosen, rejected = 3 * torch.randn(2, 7, generator=g, dtype=torch.float64)
+            cases[f"coefficient {coefficient}, scores {number}"] = chosen, rejected, coefficient
+    return cases
+
+
+def bt_values(bt_loss, case):
+    """-> loss and its gradients"""
+    chosen, rejected, coefficient = case
+    scores = chosen.requires_grad_(), rejected.requires_grad_()
+    loss = bt_loss(*scores, coefficient)
+    return loss, *torch.autograd.grad(loss.sum(), scores)
+
+
+def balance_cases(seed):
+    """Rows whose better response is longer in 3 of 4; length and number of words disagree."""
+    cases = {}
+    for number in (1, 100 + seed):
+        rng = random.Random(number)
+        rows = [text_row(id="media", responses=None)]
+        for i in range(60):
+            texts = ["x" * rng.randint(3, 6), "a b " + "y" * rng.randint(0, 4)]
+            if rng.random() < 0.75:
+                texts = ["longer-" + texts[0], texts[1]]
+            label = rng.choice("AB")
+            rows.append(text_row(id=str(i), responses=texts if label == "A" else texts[::-1],
+                                 label=label))
+        cases[f"61 rows, {number}"] = rows
+    return cases
+
+
+def kept_by_length(balanced, rows):
+    """-> rows kept whose better response is longer, shorter, as long; different rows; and whether
+    another seed keeps as many"""
+    kept = balanced(rows, 0)
+    extra = [bt_reward.extra_length(row) for row in kept]
+    return (sum(x > 0 for x in extra), sum(x < 0 for x in extra), sum(x == 0 for x in extra),
+            len({row["id"] for row in kept}), len(balanced(rows, 1)) == len(kept))
+
+
+def flip_cases(seed):
+    rng = random.Random(seed)
+    cases = {f"strengths {strengths}": strengths for strengths, _ in test_dt2it.STRENGTHS}
+    for n in range(20):
+        strengths = [rng.uniform(-2, 3) for _ in range(rng.randint(1, 15))]
+        cases[f"strengths by chance, {n}"] = strengths
+    return cases
+
+
+# --------------------------------------------------------------------------------- 10: evaluation
+FIGURES = ("accuracy", "interval", "n", "order_flips", "share_a", "unparsable", "format")
+
+
+def judgement_cases(seed):
+    """Rows judged in both orders, or in one, with one to four votes each."""
+    cases = {}
+    for number in range(4):
+        rng = random.Random(f"{seed} {number}")
+        rows = [{"label": rng.choice("AB")} for _ in range(9)]
+        preds = []
+        for place in range(len(rows)):
+            for order in rng.choice([("AB", "BA"), ("AB", "BA"), ("AB",)]):
+                for sample in range(1 if number == 0 else rng.randint(1, 4)):
+                    verdict = rng.choice(["A", "A", "B", "B", None])
+                    preds.append(test_judging.pred(place, order, verdict, sample))
+        for figure in FIGURES:
+            cases[f"{figure} of judge {number}"] = rows, preds, figure
+    return cases
+
+
+def figure_of(summarize, case):
+    rows, preds, figure = case
+    return summarize(rows, preds)[figure]
+
+
+def comparison_cases(seed):
+    """Two judges on questions of one, three or some rows; equal weights, or not."""
+    cases = {}
+    for number, size in enumerate((1, 3, 3, 0)):
+        rng = random.Random(f"{seed} {number}")
+        first, second = [], []
+        for question in range(12):
+            luck = rng.choice([0.2, 0.9])
+            for _ in range(size or rng.randint(1, 4)):
+                weight = 1.0 if number < 2 else rng.choice([0.5, 1.0, 2.0])
+                for rows, chance in ((first, luck), (second, 0.4)):
+                    rows.append({"weight": weight, "cluster": question,
+                                 "points": float(rng.random() < chance)})
+        for figure in ("difference", "interval", "sign_test_p", "first_better", "n", "questions"):
+            cases[f"{figure} of pair {number}"] = first, second, figure
+    return cases
+
+
+def compared(compare, case):
+    first, second, figure = case
+    return compare(first, second)[figure]
+
+
 # ----------------------------------------------------------------------------------- all of them
 def with_world(check):
     """A check of the tests that takes the world, as one that does not."""
@@ -330,4 +509,24 @@ PARTS = {
              with_world(test_grpo.check_sampler))],
     6: [Part("pack", STAGE_1, stage1.pack, wrong_versions.pack, wrong_versions.PACKINGS,
              packing_cases, log_probs, packing_oracle, tolerance=1e-3)],
+    7: [Part("mixed_batch", "stage2_caption_grpo.py", stage2.mixed_batch,
+             wrong_versions.mixed_batch, wrong_versions.REPLAYS, mixing_cases, mixture,
+             test_stages.check_replay),
+        Part("choose_replay", "stage2_caption_grpo.py", stage2.choose_replay,
+             wrong_versions.choose_replay, wrong_versions.REPLAYED, choice_cases, chosen,
+             test_stages.check_replayed)],
+    8: [Part("select", "stage2b_cmkd.py", cmkd.select, wrong_versions.select,
+             wrong_versions.SELECTION, selection_cases, lambda function, case: function(*case),
+             test_stages.check_every_selection)],
+    9: [Part("bt_loss", "bt_reward.py", bt_reward.bt_loss, wrong_versions.bt_loss,
+             wrong_versions.BT_LOSSES, bt_cases, bt_values, test_bt.check_loss),
+        Part("balanced", "bt_reward.py", bt_reward.balanced, wrong_versions.balanced,
+             wrong_versions.BALANCES, balance_cases, kept_by_length, test_bt.check_balance),
+        Part("to_flip", "dt2it.py", dt2it.to_flip, wrong_versions.to_flip, wrong_versions.FLIPS,
+             flip_cases, lambda function, case: function(case), test_dt2it.check_flips)],
+    10: [Part("summarize", "common.py", common.summarize, wrong_versions.summarize,
+              wrong_versions.EVALUATIONS, judgement_cases, figure_of, test_judging.check_summary),
+         Part("compare", "eval.py", evaluation.compare, wrong_versions.compare,
+              wrong_versions.COMPARISONS, comparison_cases, compared,
+              test_eval.check_comparison)],
 }

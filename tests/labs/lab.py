@@ -35,6 +35,12 @@ LABS = {  # number: its page, and what is cut out of which file
     4: ("04_loss", {STAGE_1: ("grpo_loss", "kl_penalty")}),
     5: ("05_sampling", {STAGE_1: ("sample_group", "scored_logits")}),
     6: ("06_packing", {STAGE_1: ("pack",)}),
+    7: ("07_replay", {"stage2_caption_grpo.py": ("choose_replay", "mixed_batch")}),
+    8: ("08_distillation", {"stage2b_cmkd.py": ("select",)}),
+    9: ("09_bradley_terry", {"bt_reward.py": ("balanced", "bt_loss", "extra_length"),
+                             "dt2it.py": ("to_flip",)}),
+    10: ("10_evaluation", {"common.py": ("habits", "majority", "points", "summarize", "wilson"),
+                           "eval.py": ("compare",)}),
 }
 # What a script needs to run in the student's folder.
 FILES = ("*.py", "requirements.txt", "tests/toy_world.py", "tests/toy_backbone/*")
@@ -83,6 +89,16 @@ def blank(source, name, number):
         raise SystemExit(f"lab {number}: {name} has no docstring that could say what to write")
     lines = source.splitlines()[first_line(node) - 1:node.body[0].end_lineno]
     return "\n".join([*lines, f'    raise NotImplementedError("lab {number}: {name}")'])
+
+
+def still_blank(folder, number):
+    """The functions of a lab that the student has not touched."""
+    names = []
+    for file, wanted in LABS[number][1].items():
+        path = Path(folder, file)
+        text = path.read_text("utf-8") if path.exists() else ""
+        names += [name for name in wanted if f'"lab {number}: {name}")' in text]
+    return names
 
 
 def cut_out(source, names, number, path=""):

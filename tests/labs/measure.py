@@ -1,27 +1,31 @@
 """
-The small numbers of the labs' pages, each over three seeds; about a minute. Those of whole trainings
-stand in tests/RESULTS.md.
+The small numbers of the labs' pages, each over three seeds; about a minute. Those of whole
+trainings stand in tests/RESULTS.md.
 
     python tests/labs/measure.py
     python tests/labs/measure.py --only 1 6
 """
 
 import argparse
+import random
 import time
 from pathlib import Path
 
 import diagnosis  # noqa: F401  (puts the repository on the path)
 import exercises
 import test_grpo
+import test_stages
 import toy_world
 import torch
 import wrong_versions
-from helpers import small_world
+from helpers import small_world, thinks
 
 import common
 from data import load_rows
+import eval as evaluation
 import stage0_sft
 import stage1_text_grpo as stage1
+import stage2b_cmkd as cmkd
 
 SEEDS = 0, 1, 2
 
@@ -131,6 +135,65 @@ def seconds(packed, seed, length=300, group_size=8, answer=100):
         logp.sum().backward()
         least = min(least, time.process_time() - began)
     return least
+
+
+def lab_8():
+    """A judge made up: 1,000 rows, 8 answers each; on a row it is right with a probability between
+    0.3 and 1. Per cent of the kept rows whose pseudo-label is right, if it is half a standard
+    deviation surer when it is right, and if it is not surer."""
+    for name, select in {"ours": cmkd.select, **wrong_versions.SELECTION}.items():
+        for surer in (0.5, 0.0):
+            right, kept = [], []
+            for seed in SEEDS:
+                verdicts = []
+                for n in range(1000):
+                    verdict = chosen_verdict(select, random.Random(f"{seed} {n}"), surer)
+                    if verdict is not None:
+                        verdicts.append(verdict)
+                right.append(100 * verdicts.count("A") / len(verdicts))
+                kept.append(len(verdicts))
+            show(f"{name}, {surer} surer (kept {' '.join(map(str, kept))})", right, "{:.1f}")
+
+
+def chosen_verdict(select, rng, surer):
+    """-> the verdict of the answer that is kept, where A is right; None for a dropped row"""
+    skill, texts, confidences = rng.uniform(0.3, 1), [], []
+    for _ in range(8):
+        verdict = "A" if rng.random() < skill else "B"
+        form = thinks if rng.random() < 0.9 else test_stages.malformed
+        texts.append(form(verdict))
+        confidences.append(rng.gauss(surer * (verdict == "A"), 1))
+    place, _ = select(texts, confidences)
+    return None if place is None else common.parse(texts[place]).verdict
+
+
+def lab_10():
+    """Two judges that are equally good, 40 questions of 9 rows, 300 trials: in how many per cent
+    their difference is called significant, by p < 0.05 and by an interval without 0."""
+    for name, compare in {"ours": evaluation.compare, **wrong_versions.COMPARISONS}.items():
+        by_p, by_interval = [], []
+        for seed in SEEDS:
+            rng, alarms = random.Random(seed), [0, 0]
+            for _ in range(300):
+                got = compare(day_of_a_judge(rng), day_of_a_judge(rng))
+                low, high = got["interval"]
+                alarms[0] += got["sign_test_p"] < 0.05
+                alarms[1] += low > 0 or high < 0
+            by_p.append(alarms[0] / 3)
+            by_interval.append(alarms[1] / 3)
+        show(f"{name}: p", by_p, "{:.0f}")
+        show(f"{name}: interval", by_interval, "{:.0f}")
+
+
+def day_of_a_judge(rng):
+    """Scored rows: with a whole question a judge has a good or a bad day."""
+    rows = []
+    for question in range(40):
+        chance = rng.choice([0.95, 0.25])
+        for _ in range(9):
+            rows.append({"weight": 1.0, "cluster": question,
+                         "points": float(rng.random() < chance)})
+    return rows
 
 
 def main():
