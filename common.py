@@ -16,10 +16,11 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import random
 import re
 import shutil
+import signal
+import time
 import zlib
 from collections import Counter
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from accelerate import PartialState, tracking
 from accelerate.utils import gather_object
 from PIL import Image
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
@@ -45,6 +47,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
+
+import sharding
 
 transformers.utils.logging.disable_progress_bar()  # its bars are about files; ours are about work
 
@@ -655,6 +659,14 @@ def check_row(row, folder, forbidden=FORBIDDEN) -> Row:
     if row.get("rationale"):
         tags = [tag for tag in forbidden if tag not in ("<type>", "</type>")]
         check_text("rationale", row["rationale"], tags)
+    for key in ("subset", "group", "source"):  # rows are counted by them
+        if not isinstance(row.get(key) or "", (str, int)):
+            raise BadRow(f"{key!r} is {type(row[key]).__name__}, not a string")
+    try:  # also of the id, of paths and of keys that only we know nothing of: all may be written
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except (ValueError, RecursionError):
+        raise BadRow("has a key or value that is not valid Unicode, or too deep; mend the file"
+                     ) from None
     row["media"] = [str(Path(folder, path)) for path in row["media"]]
     return row
 
@@ -702,17 +714,51 @@ IMAGE_TOKEN = "<IMG_CONTEXT>"  # InternVL's placeholder
 QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 VISION_MODELS = ("internvl", *QWEN_VL)
 VIDEO_SETTINGS = "video_preprocessor_config.json"  # not for us, but for who serves a checkpoint
+NO_CODE = {"trust_remote_code": False}  # a folder is data; nor is a pickle read, see load()
+
+
+# Media are not to be trusted: a few kilobytes can unpack to gigabytes, and a file that ends in .mp4
+# can be a list of other files to read.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")   # not EPS, which runs a program
+VIDEO_FORMATS = "mp4,webm,avi,mpegts,mpeg,flv,asf,ogg,nut,gif"  # none that names other files
+MAX_PIXELS = 89_478_485  # of an image or a frame: 256 MiB as RGB; from here on Pillow warns
+MAX_FRAMES = 108_000     # of a video: an hour at 30 a second
+MAX_VIDEO_PIXELS = MAX_FRAMES * 1920 * 1080  # of all its frames together
+
+
+def check_file(kind, path):
+    """Raises BadRow for what is no file, such as a pipe, which would be read for ever."""
+    if not os.path.exists(path):
+        raise BadRow(f"{kind} {path} does not exist")
+    if not os.path.isfile(path):
+        raise BadRow(f"{kind} {path} is no file; replace the file by one")
 
 
 def open_image(path):
     """-> a PIL image in RGB. Raises BadRow."""
+    check_file("image", path)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadRow(f"image {path} has {image.width} x {image.height} pixels, more than "
+                             f"{MAX_PIXELS:,}; make it smaller")
             return image.convert("RGB")  # convert() decodes, so a truncated file fails here
-    except FileNotFoundError:
-        raise BadRow(f"image {path} does not exist") from None
+    except BadRow:
+        raise
     except Exception as e:  # Pillow raises a dozen kinds for corrupt files
         raise BadRow(f"image {path} cannot be read ({e}); replace the file") from e
+
+
+def decoded(path):
+    """Yield the frames of a video file, each with its time in seconds; none without a video."""
+    import av  # here, because only video files need it
+    # an absolute path, for "concat:a.mp4" would be an instruction
+    with av.open(os.path.abspath(path), options={"format_whitelist": VIDEO_FORMATS}) as container:
+        for stream in container.streams.video[:1]:
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+            rate = float(stream.average_rate or 24)
+            for i, frame in enumerate(container.decode(stream)):
+                yield frame, i / rate
 
 
 def open_video(path, frames):
@@ -720,39 +766,38 @@ def open_video(path, frames):
     from a folder of images. -> list of PIL images, a file's with .info["seconds"]. Raises BadRow.
     Decodes twice, because containers lie about their number of frames and all frames of a long
     video do not fit into memory."""
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         files = [file for file in Path(path).iterdir()
                  if file.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]
         files.sort(key=lambda file: (len(file.name), file.name))  # 2.png before 10.png
         return [open_image(files[i]) for i in spread(len(files), frames, path)]
 
-    import av  # here, because only video files need it
-
-    def decode(container):
-        for stream in container.streams.video[:1]:
-            yield from container.decode(stream)
+    check_file("video", path)
     try:
-        with av.open(str(path)) as container:
-            count = sum(1 for _ in decode(container))
+        count = pixels = 0
+        for frame, _ in decoded(path):
+            count += 1
+            pixels += frame.width * frame.height
+            if count > MAX_FRAMES or pixels > MAX_VIDEO_PIXELS:
+                raise BadRow(f"video {path} is too long: {count:,} frames and more of {frame.width}"
+                             f" x {frame.height}; cut it, or take a folder of some of its frames")
         chosen = spread(count, frames, path)
-        with av.open(str(path)) as container:
-            rate = float(container.streams.video[0].average_rate or 24)
-            images = []
-            for i, frame in enumerate(decode(container)):
-                if i in chosen:
-                    images.append(frame.to_image())
-                    images[-1].info["seconds"] = i / rate
-            return images
+        images = []
+        for i, (frame, seconds) in enumerate(decoded(path)):
+            if i in chosen:
+                images.append(frame.to_image())
+                images[-1].info["seconds"] = seconds
+        return images
     except BadRow:
         raise
-    except FileNotFoundError:
-        raise BadRow(f"video {path} does not exist") from None
     except Exception as e:
         raise BadRow(f"video {path} cannot be read ({e}); replace the file") from e
 
 
 def spread(n, frames, path):
-    """Indices of min(n, frames) of n frames, each in the middle of its share of the video."""
+    """Indices of min(n, frames) of n frames, each in the middle of its share of the video.
+    UNSPECIFIED: how the middle is rounded. transformers' video processor for InternVL rounds down,
+    its model card rounds twice: a frame or two beside ours."""
     if n == 0:
         raise BadRow(f"video {path} has no frames; replace the file")
     k = min(frames, n)
@@ -780,17 +825,19 @@ class Encoder:
     """Turns rows into Prompts for one checkpoint: tokenizer, image processor and special ids."""
 
     def __init__(self, folder, config, frames=8, max_tiles=12, style="msrl", max_pixels=0):
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
         self.kind = config.model_type
         self.frames, self.max_tiles, self.style = frames or 8, max_tiles or 12, style
         self.image_token_id = getattr(config, "image_token_id", None)
-        self.special_tokens = tuple(self.tokenizer.all_special_tokens)
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = [token.content for token in added if token.special]  # 5.17 lists few of them
+        self.special_tokens = tuple(dict.fromkeys(self.tokenizer.all_special_tokens + special))
         self.forbidden = tuple(dict.fromkeys(FORBIDDEN + self.special_tokens))  # in users' texts
         self.image_processor = None
         if self.image_token_id is not None:
             limit = {"max_pixels": max_pixels} if max_pixels else {}  # else the checkpoint's own
             self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil",
-                                                                      **limit)
+                                                                      **limit, **NO_CODE)
             self.tokens_per_tile = getattr(config, "image_seq_length", None)  # InternVL
             self.positions_per_second = getattr(config.vision_config, "tokens_per_second", None)
         self.video_settings = cached_file(folder, VIDEO_SETTINGS,
@@ -806,7 +853,7 @@ class Encoder:
             self.pad_id = self.eos_ids[0]
 
     def _declared_eos_ids(self, folder, config):
-        """Every declared end-of-sequence id ends an answer (InternVL declares two)."""
+        """Every declared end-of-sequence id ends an answer (InternVL3.5 declares one, Qwen two)."""
         declared = transformers.GenerationConfig.from_model_config(config).eos_token_id
         try:  # a folder's or a hub id's generation_config.json
             generation = transformers.GenerationConfig.from_pretrained(folder)
@@ -1030,33 +1077,51 @@ def auto_class(folder):
                      "of transformers (llama, qwen3, gemma3_text, ...).")
 
 
-def load(folder, device="cpu", made_by="", **encoder_args):
+def load(folder, device="cpu", made_by="", shards=False, **encoder_args):
     """-> model (fp32 weights, eval mode) and its Encoder. Takes one of VISION_MODELS or a text-only
     causal LM (stages 0 and 1), as a folder of plain save_pretrained or a hub id. `made_by`: the
     default folder, whose name is that of the script that makes it, for the message if there is no
-    checkpoint.
+    checkpoint. `shards`: for sharding.shard(), on the CPU in the first process and without weights
+    (device "meta") in the others.
 
+    Only safetensors are read: a pytorch_model.bin is a pickle, which can run anything.
     fp32 on purpose: a learning rate of 1e-6 on bf16 weights rounds away (the default dtype of
     transformers 5 is the file's, usually bf16). On a GPU, autocast computes in bf16.
     """
     maker = check_checkpoint(folder, made_by)
+    if shards:
+        device = "cpu" if rank() == 0 else "meta"
     try:
         auto = auto_class(folder)
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, **NO_CODE)
         encoder = Encoder(folder, config, **encoder_args)
-        model, found = auto.from_pretrained(folder, dtype=torch.float32,
-                                            attn_implementation="sdpa", output_loading_info=True)
+        model, found = auto.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa",
+            output_loading_info=True, device_map="meta" if str(device) == "meta" else None,
+            **NO_CODE)
         if found["missing_keys"]:  # transformers would fill them with random numbers, and go on
             raise ValueError(f"{len(found['missing_keys'])} weights are missing, the first is "
                              f"{sorted(found['missing_keys'])[0]}")
         if len(encoder.answer_ids("A")) < 2:
             raise ValueError("the tokenizer is empty")
+        declare_tied(model)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         reason = (str(e).strip() or "?").splitlines()[0]
         raise SystemExit(f"{folder}: cannot be loaded as a checkpoint ({type(e).__name__}: "
                          f"{reason}). It must hold model, tokenizer and, for a vision model, "
                          f"image processor, as save_pretrained writes them{maker}.") from e
     return model.to(device).eval(), encoder
+
+
+def declare_tied(model):
+    """Make the config say whether head and embeddings are one weight, so that a checkpoint does.
+
+    That of InternVL3.5 has two, but its config.json only says so for the language model. As a
+    whole, transformers 5 takes it for tied: it reads both weights and keeps them apart, but would
+    write "tied", and vLLM, which believes that, would throw the head away."""
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = tied
 
 
 def decoding_cache():
@@ -1124,6 +1189,8 @@ def reference(model):
     without it."""
     if adapted_layers(model):
         return AdapterOff(model)
+    if sharding.is_sharded(model):
+        return sharding.twin(load(model.name_or_path, "meta")[0], model)
     return copy.deepcopy(model).requires_grad_(False)
 
 
@@ -1189,20 +1256,31 @@ def autocast(device):
 
 
 def save_checkpoint(folder, model, encoder, **info):
-    """Write the checkpoint; stage.json last, so a folder that has one is complete."""
+    """Write the checkpoint; stage.json last, so a folder that has one is complete. All processes
+    call it, the first one writes."""
     folder = Path(folder)
     part = folder / "checkpoint.tmp"
-    shutil.rmtree(part, ignore_errors=True)
     with adapter_merged(model):
-        model.save_pretrained(part)
-    encoder.tokenizer.save_pretrained(part)
-    if encoder.image_processor is not None:
-        encoder.image_processor.save_pretrained(part)
-    if encoder.video_settings is not None:
-        shutil.copy(encoder.video_settings, part / VIDEO_SETTINGS)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    (part / "stage.json").write_text(json.dumps({**info, "versions": versions}, indent=2) + "\n")
+        weights = sharding.full_state(model)
+        if rank() > 0:
+            return
+        shutil.rmtree(part, ignore_errors=True)
+        # transformers copies a file's weights to write it: not all of them at once
+        size = "5GB" if sharding.is_sharded(model) else "50GB"
+        with writing(part):
+            model.save_pretrained(part, state_dict=weights, max_shard_size=size)
+    with writing(part):
+        encoder.tokenizer.save_pretrained(part)
+        if encoder.image_processor is not None:
+            encoder.image_processor.save_pretrained(part)
+        if encoder.video_settings is not None:
+            shutil.copy(encoder.video_settings, part / VIDEO_SETTINGS)
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        about = json.dumps({**info, "versions": versions}, indent=2)
+        (part / "stage.json").write_text(about + "\n")
     (folder / "stage.json").unlink(missing_ok=True)
+    for old in folder.glob("model*.safetensors*"):  # of another number of files, they would mix
+        old.unlink()
     for path in sorted(part.iterdir(), key=lambda path: path.name == "stage.json"):
         os.replace(path, folder / path.name)
     part.rmdir()
@@ -1211,7 +1289,13 @@ def save_checkpoint(folder, model, encoder, **info):
 def stage_of(folder):
     """What a checkpoint's stage.json says; {} if no script of ours wrote it."""
     file = Path(folder, "stage.json")
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as e:
+        raise SystemExit(f"{file}: is not what our scripts write ({e}); make {folder} anew."
+                         ) from None
 
 
 def trained_style(folder):
@@ -1237,29 +1321,38 @@ def judge(model, encoder, rows, sample, form="pixels", votes=1, temperature=1.0,
     jobs.sort(key=lambda job: rows[job[0]]["tokens"])  # alike lengths together: less padding
     batches = [jobs[k:k + batch_size] for k in range(0, len(jobs), batch_size)]
     predictions = []
-    for k in tqdm(range(rank(), len(batches), world()), desc=desc, leave=False, mininterval=1,
-                  disable=desc is None or rank() > 0):
-        prompts = []
-        for at, order in batches[k]:
-            row = rows[at] if order == "AB" else swap(rows[at])
-            prompts.append(encoder(row, form))
-        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + first_batch + k)
-        rollout = sample(model, encoder, prompts, votes, temperature if votes > 1 else 0.0,
-                         max_new_tokens, generator)
-        for b, (at, order) in enumerate(batches[k]):
-            for n, ids in enumerate(rollout.ids[b]):
-                text = encoder.decode(ids)
-                side = parse(text, encoder.style).verdict  # as shown
-                pred = OTHER[side] if side and order == "BA" else side
-                prediction = {"id": rows[at]["id"], "at": at, "order": order, "sample": n,
-                              "pred": pred, "text": text}
-                if scores and pred:
-                    p = verdict_probability(text, ids, rollout.logp[b][n], encoder)
-                    prediction["score_a"], prediction["score_b"] = p, 1 - p
-                    if pred == "B":
-                        prediction["score_a"], prediction["score_b"] = 1 - p, p
-                predictions.append(prediction)
+    with sharding.whole(model):  # processes have different numbers of batches
+        for k in tqdm(range(rank(), len(batches), world()), desc=desc, leave=False, mininterval=1,
+                      disable=desc is None or rank() > 0):
+            prompts = []
+            for at, order in batches[k]:
+                row = rows[at] if order == "AB" else swap(rows[at])
+                prompts.append(encoder(row, form))
+            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + first_batch + k)
+            rollout = sample(model, encoder, prompts, votes, temperature if votes > 1 else 0.0,
+                             max_new_tokens, generator)
+            predictions += verdicts(rows, batches[k], rollout, encoder, scores)
     return sorted(gather_list(predictions), key=lambda p: (p["at"], p["order"], p["sample"]))
+
+
+def verdicts(rows, jobs, rollout, encoder, scores) -> list[Prediction]:
+    """The answers of a rollout -> predictions. `jobs`: for each prompt the place of its row and the
+    order it was shown in."""
+    predictions = []
+    for b, (at, order) in enumerate(jobs):
+        for n, ids in enumerate(rollout.ids[b]):
+            text = encoder.decode(ids)
+            side = parse(text, encoder.style).verdict  # as shown
+            pred = OTHER[side] if side and order == "BA" else side
+            prediction = {"id": rows[at]["id"], "at": at, "order": order, "sample": n,
+                          "pred": pred, "text": text}
+            if scores and pred:
+                p = verdict_probability(text, ids, rollout.logp[b][n], encoder)
+                prediction["score_a"], prediction["score_b"] = p, 1 - p
+                if pred == "B":
+                    prediction["score_a"], prediction["score_b"] = 1 - p, p
+            predictions.append(prediction)
+    return predictions
 
 
 def verdict_probability(text, ids, logps, encoder):
@@ -1397,7 +1490,9 @@ def parse_config(cls, description, presets=None):
                                            formatter_class=_Help)
     if presets:
         parser.set_defaults(**_preset_defaults(parser, presets))
-    cfg, *_, unknown = parser.parse_args_into_dataclasses(
+        parser.add_argument("--dry_run", action="store_true",
+                            help="tell settings, what is missing, steps and memory, and end")
+    cfg, *more, unknown = parser.parse_args_into_dataclasses(
         return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)} (see --help)")
@@ -1419,6 +1514,10 @@ def parse_config(cls, description, presets=None):
             cfg.check()
         except ValueError as e:
             parser.error(str(e))
+    if presets and more[0].dry_run:
+        import dry_run  # here, because it imports this file
+        dry_run.report(cfg, presets, more[0].preset)
+        raise SystemExit(0)
     return cfg
 
 
@@ -1494,7 +1593,7 @@ def sum_over_ranks(*values):
 def sum_gradients(parameters):
     """Sum gradients over processes. A parameter this rank did not use counts as zero, so ranks with
     different kinds of rows cannot hang on one another."""
-    if world() == 1:
+    if world() == 1 or isinstance(parameters[0], DTensor):  # FSDP2 has summed in the backward
         return
     for parameter in parameters:
         if parameter.grad is None:
@@ -1510,26 +1609,78 @@ def trainable(model):
 
 def make_optimizer(model, lr):
     """UNSPECIFIED: weight decay and schedule. Ours are none and, in RL, a constant rate."""
-    return torch.optim.AdamW(trainable(model), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    parameters = trainable(model)
+    # on a GPU in one kernel: else it makes 4 more bytes a parameter while it steps
+    fused = True if parameters and parameters[0].is_cuda else None
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+
+
+MAX_SKIPPED = 3  # optimiser steps in a row
 
 
 def optimizer_step(optimizer, parameters, max_grad_norm):
     """Sum the gradients over processes, clip their norm, take a step. -> the norm before the clip.
-    A gradient that is no number would ruin every weight for good: the run stops instead."""
+    A gradient that is no number would ruin every weight for good: the step is left out, and after
+    MAX_SKIPPED of them in a row the run stops. The norm is the same number on every process, so
+    all do the same."""
     sum_gradients(parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-    if not math.isfinite(norm):  # the same number on every process, so all stop together
-        raise SystemExit(f"the gradient became {norm}; no step was taken. Go on from the last "
-                         "saved state with a smaller --lr; see metrics.jsonl.")
-    optimizer.step()
+    norm = sharding.full(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)).item()
+    if math.isfinite(norm):
+        optimizer.skipped = 0
+        optimizer.step()
+    else:
+        optimizer.skipped = getattr(optimizer, "skipped", 0) + 1
     optimizer.zero_grad(set_to_none=True)
+    if optimizer.skipped == MAX_SKIPPED:
+        raise SystemExit(f"the gradient was {norm} {MAX_SKIPPED} times in a row; no such step was "
+                         "taken. Go on from the last saved state with a smaller --lr; see "
+                         "metrics.jsonl.")
     return norm
 
 
 def progress(start, stop, desc):
-    """The steps still to do, with a bar that shows an ETA."""
-    return tqdm(range(start, stop), initial=start, total=stop, desc=desc, disable=rank() > 0,
-                mininterval=2)
+    return Steps(range(start, stop), initial=start, total=stop, desc=desc, disable=rank() > 0,
+                 mininterval=2)
+
+
+class Steps(tqdm):
+    """The steps still to do, with a bar that shows an ETA. As long as they go on SIGTERM, by which
+    torchrun and schedulers end a job, is only noted. The loop asks for it once a step, saves and
+    ends. Before the first step and after the last there is nothing to save: it ends us at once."""
+
+    def __iter__(self):
+        self.noted_at = None
+        before = signal.signal(signal.SIGTERM, self.note)
+        try:
+            yield from super().__iter__()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        if self.noted_at is not None:  # after the last question
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def note(self, *_):
+        """A second one ends us at once, unless it is the same one: what SLURM sends to all
+        processes, torchrun passes on to its own."""
+        if self.noted_at is None:
+            self.noted_at = time.monotonic()
+        elif time.monotonic() - self.noted_at > 5:  # seconds
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def stop_asked(self):
+        """Has any process noted it? All get the same answer, so all end after the same step."""
+        noted, = sum_over_ranks(self.noted_at is not None)
+        return noted > 0
+
+
+def end_stopped(folder, step):
+    """End all processes after a step that is saved, with what shells and SLURM call a process that
+    SIGTERM ended: after 0 they would begin with the next stage."""
+    if rank() == 0:
+        tqdm.write(f"{folder}: stopped by SIGTERM after step {step}, which is saved; the same "
+                   "command goes on.")
+    end_processes()
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def peak_memory_gb():
@@ -1566,7 +1717,9 @@ def _permutation(n, seed, epoch):
 # The run folder. Whenever a run is killed, the same command goes on from what is there.
 
 MAY_CHANGE = ("out", "lr", "max_steps", "save_every", "eval_every", "eval_rows", "eval_batch",
-              "micro_batch", "log_rollouts_every", "skip_bad_rows", "tracker")
+              "micro_batch", "log_rollouts_every", "skip_bad_rows", "media_root", "tracker",
+              "shard")
+STATE = ("step", "model", "optimizer", "config", "file")  # in every state that open_run() returns
 
 
 def open_run(folder, config):
@@ -1586,10 +1739,14 @@ def open_run(folder, config):
         _drop_log_after(folder, 0)  # killed before its first save: its log begins anew as well
         return None
     try:
-        state = torch.load(state_file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        state = torch.load(state_file, map_location="cpu", weights_only=True, mmap=world() > 1)
+        missing = [name for name in STATE[:-1] if name not in state]
+    except Exception as e:  # torch raises a dozen kinds for corrupt files
         raise SystemExit(f"{state_file}: is no saved state ({type(e).__name__}); delete it."
                          ) from None
+    if missing or not isinstance(state["config"], dict) or not isinstance(state["step"], int):
+        raise SystemExit(f"{state_file}: is no saved state of our scripts; take another --out.")
+    state["file"] = state_file
     changed = differences(state["config"], asdict(config), MAY_CHANGE)
     if changed:
         raise SystemExit(f"{state_file} belongs to a run with other settings ({changed}). Take "
@@ -1638,26 +1795,62 @@ def _tracker(name, folder):
 
 def save_state(folder, model, optimizer, step, config, **kept):
     """Write to a side file, flush it to disk, then rename: whenever we are killed, state.pt is a
-    whole state, the new one or the one before. `kept`: what else resume() is to give back."""
+    whole state, the new one or the one before. `kept`: what else resume() is to give back. All
+    processes call it, the first one writes."""
     part = Path(folder, "state.pt.tmp")
-    with open(part, "wb") as f:
-        torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "config": asdict(config), **kept}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, Path(folder, "state.pt"))
+    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+             "config": asdict(config), **kept}
+    with writing(part):
+        if sharding.is_sharded(model):
+            sharding.write(state, part)
+        elif rank() == 0:
+            with open(part, "wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+    if rank() == 0:
+        os.replace(part, Path(folder, "state.pt"))
 
 
 def resume(state, model, optimizer):
     """Load what open_run() found. -> the steps that are done, and what else was kept, as a dict."""
     if state is None:
         return 0, {}
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        if sharding.is_sharded(model):
+            state = sharding.cut(state, model, optimizer)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in optimizer.state.items():
+            if moments["exp_avg"].shape != parameter.shape:
+                raise ValueError("the optimiser's moments have other shapes")
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise SystemExit(f"{state['file']}: does not fit the model ({type(e).__name__}: "
+                         f"{first_line(e)}). Take another --out, or delete the folder.") from None
     for group in optimizer.param_groups:
         group["lr"] = optimizer.defaults["lr"]  # --lr may have changed
-    known = ("step", "model", "optimizer", "config")
-    return state["step"], {name: value for name, value in state.items() if name not in known}
+    return state["step"], {name: value for name, value in state.items() if name not in STATE}
+
+
+def first_line(error):
+    return (str(error).strip() or "?").splitlines()[0]
+
+
+@contextmanager
+def writing(path, aside=True):
+    """Around what writes a file or folder. If the disk is full, or it cannot be written for another
+    reason, one line says so. What is written `aside`, to be renamed, is removed."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:
+        if aside:
+            shutil.rmtree(path, ignore_errors=True)  # a folder
+            Path(path).unlink(missing_ok=True)
+        if isinstance(e, RuntimeError) and e.__context__:  # of torch.save() that ends its file
+            e = e.__context__
+        why = getattr(e, "strerror", None) or first_line(e)
+        raise SystemExit(f"{path}: cannot be written ({why}). What was saved before is whole: make "
+                         "room there, and the same command goes on.") from None
 
 
 def resumed(path, made_by, rows, work, chunk=256, desc=None):
@@ -1701,7 +1894,7 @@ def stamps(*paths):
     found = []
     for path in paths:
         for file in (Path(path), Path(path, "stage.json"), Path(path, "model.safetensors")):
-            if file.is_file():
+            if os.path.isfile(file):  # Path's raises an error for a name that is too long
                 found.append([str(file), file.stat().st_size, file.stat().st_mtime])
     return found
 
@@ -1722,11 +1915,13 @@ def whole_lines(path):
 def write_lines(path, rows):
     """Replace a .jsonl as a whole: whenever we are killed, it is the old one or the new one."""
     part = Path(path).with_suffix(".tmp")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    os.replace(part, path)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with writing(part):
+        part.write_text(text, "utf-8")
+        os.replace(part, path)
 
 
 def append(path, *rows):
-    with open(path, "a", encoding="utf-8") as f:
+    with writing(path, aside=False), open(path, "a", encoding="utf-8") as f:
         for row in rows:
             f.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -40,7 +40,7 @@ LENGTHS = Path("media_cache", "lengths")  # what prompt_length() measured, one f
 
 
 def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_rows=False,
-              exclude="", quiet=False) -> list[Row]:
+              media_root="", exclude="", origin="", quiet=False) -> list[Row]:
     """Comma-separated sources -> list of checked preference rows, each with the length of its
     encoded prompt under "tokens". A source is `a.jsonl`, or `a.jsonl:500` for a sample of 500, or
     `a.jsonl:500@2000` for the 500 after the first 2,000 of the same shuffle, which `a.jsonl:2000`
@@ -51,6 +51,8 @@ def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_
     because a prompt cut in the middle is another question. Rows that also occur in the sources of
     `exclude` (benchmarks) are left out. All three are counted and printed; the last two are among
     the rows of a sample, so that samples of the same file never overlap.
+
+    Media must lie where media_roots() says, or where it says so of the sources `origin`.
     """
     quiet = quiet or rank() > 0
     excluded = fingerprints(exclude)
@@ -59,11 +61,12 @@ def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_
     rows = []
     for source in sources.split(","):
         sample = re.fullmatch(r"(.+?):(\d+)(?:@(\d+))?", source)
+        roots = media_roots(f"{source},{origin}", media_root)
         if sample is None:
-            taken = list(good_rows(source, False, encoder, form, bad, skip_bad_rows, quiet))
+            taken = list(good_rows(source, False, encoder, form, roots, bad, skip_bad_rows, quiet))
         else:  # the same in every run
             source, wanted, offset = sample[1], int(sample[2]), int(sample[3] or 0)
-            found = good_rows(source, True, encoder, form, bad, skip_bad_rows, quiet)
+            found = good_rows(source, True, encoder, form, roots, bad, skip_bad_rows, quiet)
             taken = list(islice(found, offset, offset + wanted))
             if len(taken) < wanted and not quiet:
                 print(f"{sample[0]}: only {len(taken)} rows to give")
@@ -88,7 +91,7 @@ def load_rows(sources, encoder, form="pixels", max_prompt_tokens=None, skip_bad_
     return rows
 
 
-def good_rows(source, shuffle, encoder, form, bad, skip_bad_rows, quiet):
+def good_rows(source, shuffle, encoder, form, roots, bad, skip_bad_rows, quiet):
     """Yield the checked rows of one source that are not bad; those that are go into the Counter
     `bad`, or stop the run. Each process checks its share, because to check a row is to read its
     media, and all yield all rows."""
@@ -96,7 +99,7 @@ def good_rows(source, shuffle, encoder, form, bad, skip_bad_rows, quiet):
         """-> place, the rows of this raw row, and what is wrong with it or None."""
         where, raw = chunk[place]
         try:
-            rows = list(checked(raw, where, Path(source).parent, encoder, form, lengths))
+            rows = list(checked(raw, where, Path(source).parent, roots, encoder, form, lengths))
             return place, rows, None
         except BadRow as e:
             return place, [], str(e)
@@ -148,13 +151,46 @@ def kept_lengths():
     return lengths
 
 
-def checked(raw, where, folder, encoder, form, lengths):
+def media_roots(sources, media_root=""):
+    """-> the folders that media named by rows of these sources may lie in: that of the file (of a
+    folder: itself), media_cache/, where we put what rows hold themselves, and --media_root's. A row
+    from elsewhere must not choose which of your files are read, shown or sent to a server."""
+    roots = [Path("media_cache"), *filter(None, media_root.split(","))]
+    for source in filter(None, sources.split(",")):
+        source = Path(re.sub(r":\d+(@\d+)?$", "", source))
+        roots.append(source if source.is_dir() else source.parent)
+        if source.suffix == ".parquet":
+            roots.append(source.parent.parent / "Videos")  # from_rapidata()
+    return [Path(root).resolve() for root in roots]
+
+
+def check_place(path, roots):
+    """Raises BadRow for a medium, or a frame in its folder, that lies in none of the folders
+    `roots` when links are followed."""
+    paths = [path]
+    try:
+        if os.path.isdir(path):
+            paths += [frame.path for frame in os.scandir(path) if frame.is_symlink()]
+        for path in paths:
+            real = Path(os.path.realpath(path))
+            if not any(real.is_relative_to(root) for root in roots):
+                raise BadRow(f"medium {path} lies outside of the folder of its file; if you trust "
+                             f"these rows, pass --media_root {real.parent}")
+    except BadRow:
+        raise
+    except (OSError, ValueError) as e:  # of characters that no path has
+        raise BadRow(f"medium {path!r} is no path ({e})") from None
+
+
+def checked(raw, where, folder, roots, encoder, form, lengths):
     """One row as it stands in a file -> its preference rows, each with the length of its encoded
     prompt under "tokens". Raises BadRow."""
     if isinstance(raw, BadRow):
         raise raw
     for row in convert(raw, where.rpartition(":")[2].strip("[]")):
         row = check_row(row, folder, encoder.forbidden)
+        for medium in row["media"]:
+            check_place(medium, roots)
         row["tokens"] = prompt_length(row, encoder, form, lengths)
         yield row
 
@@ -164,7 +200,7 @@ def hard_rows(rows: list[Row], min_attempts) -> list[Row]:
     eval.py --attempts writes how many it needed."""
     if not min_attempts:
         return rows
-    if any("attempts" not in row for row in rows):
+    if any(not isinstance(row.get("attempts"), int) for row in rows):
         raise SystemExit("--min_attempts needs rows with \"attempts\"; eval.py --attempts 3 --out "
                          "rows.jsonl writes them.")
     hard = [row for row in rows if row["attempts"] >= min_attempts]
@@ -327,7 +363,8 @@ def captioned(cfg, sample, device, max_new_tokens=300, batch_size=16):
     common.check_checkpoint(cfg.model, type(cfg).model)
     check_sources(cfg.heldout, "" if cfg.replay_ratio.endswith(":0") else cfg.replay)
     model, encoder = common.load(cfg.captioner, device)
-    rows = load_rows(cfg.data, encoder, "pixels", None, cfg.skip_bad_rows, cfg.exclude)
+    rows = load_rows(cfg.data, encoder, "pixels", None, cfg.skip_bad_rows, cfg.media_root,
+                     cfg.exclude)
     to_describe = {}  # medium -> what tells it from others, without repetition
     for row in rows:
         if not row["captions"]:
@@ -503,22 +540,33 @@ def _with_sides(text, sides):
                   flags=re.IGNORECASE)
 
 
-_GRAM = re.compile(
-    r"\[User Question\]\s*(.*?)\s*"
-    r"\[The Start of Assistant A's (?:Response|Answer)\]\s*(.*?)\s*"
-    r"\[The End of Assistant A's (?:Response|Answer)\]\s*"
-    r"\[The Start of Assistant B's (?:Response|Answer)\]\s*(.*?)\s*"
-    r"\[The End of Assistant B's (?:Response|Answer)\]", re.DOTALL)
+_GRAM = (r"\[User Question\]", r"\[The Start of Assistant A's (?:Response|Answer)\]",
+         r"\[The End of Assistant A's (?:Response|Answer)\]\s*"
+         r"\[The Start of Assistant B's (?:Response|Answer)\]",
+         r"\[The End of Assistant B's (?:Response|Answer)\]")
+
+
+def between(text, marks):
+    """The texts between marks (expressions) that follow one another, or None if they do not. Not
+    one expression, which would try all ways to part a text of many spaces, for hours."""
+    parts, end = [], 0
+    for mark in marks:
+        found = re.compile(mark).search(text, end)
+        if found is None:
+            return None
+        parts.append(text[end:found.start()].strip())
+        end = found.end()
+    return parts[1:]
 
 
 def from_gram(r, where):
     """wangclnlp/GRAM-RR-TrainingData: {instruction, input, output}. The label stands in the
     output's <answer>; the synthetic rationale is not used (MSRL 5.1)."""
-    found = _GRAM.search(r["instruction"])
+    found = between(r["instruction"], _GRAM)
     label = re.findall(r"<answer>\s*([AB])\s*</answer>", r["output"])
     if not found or len(label) != 1:
         raise BadRow("is no GRAM-RR row: section markers or the <answer> label are missing")
-    prompt, a, b = found.groups()
+    prompt, a, b = found
     better, worse = (a, b) if label == ["A"] else (b, a)
     yield better_first(f"gram/{where}", prompt, better, worse, source="GRAM-RR-TrainingData")
 
@@ -1072,20 +1120,20 @@ BENCHMARKS = {
     "rows": None}  # preference rows, or a training set that common.py knows
 
 
-def read_benchmark(name, source, split=None, media=None, skip_bad_rows=False):
+def read_benchmark(name, source, split=None, media=None, skip_bad_rows=False, media_root=""):
     """-> all rows, those that do not count included, so that "row" is the index in the file. Their
     media are paths: "all" of those that can be judged, those "if there", or none (None). Raises
     SystemExit where a row does not have the published form."""
     if name == "rows":
-        return plain_rows(source, skip_bad_rows)
+        return plain_rows(source, skip_bad_rows, media_root)
     reader, published, config, default_split, file = BENCHMARKS[name]
     split = split or default_split
-    rows, n = [], 0
+    rows, n, roots = [], 0, media_roots(source, media_root)
     for path in files_of(source, file.format(config=config, split=split)):
         for where, raw in benchmark_rows(path, config, split):
             try:
                 for row in converted(reader, raw, where, n):
-                    row["media"] = media_paths(row, media, Path(path).parent)
+                    row["media"] = media_paths(row, media, Path(path).parent, roots)
                     rows.append(row)
             except BadRow as e:
                 raise SystemExit(f"{where}: row {e}.") from None
@@ -1102,10 +1150,10 @@ def read_benchmark(name, source, split=None, media=None, skip_bad_rows=False):
     return rows
 
 
-def plain_rows(source, skip_bad_rows):
+def plain_rows(source, skip_bad_rows, media_root):
     """Preference rows as for training; their columns are the subsets, or the tasks."""
     no_model_yet = SimpleNamespace(forbidden=(), kept_as=None, check=lambda row, form: 0)
-    rows = load_rows(source, no_model_yet, skip_bad_rows=skip_bad_rows)
+    rows = load_rows(source, no_model_yet, skip_bad_rows=skip_bad_rows, media_root=media_root)
     for n, row in enumerate(rows):
         row.pop("i", None)  # a user's keys, not RM-Bench's styles
         row.pop("j", None)
@@ -1131,14 +1179,14 @@ def converted(reader, raw, where, n):
         yield row
 
 
-def media_paths(row, media, folder):
-    """-> paths; `media` as for read_benchmark()"""
+def media_paths(row, media, folder, roots):
+    """-> paths; `media` as for read_benchmark(). Raises BadRow."""
     if not media or not row["label"]:
         return []
     paths = []
     for medium in row["media"]:
         if medium is not None or media == "all":  # the page does without what is missing
-            paths.append(find_medium(medium, folder))
+            paths.append(find_medium(medium, folder, roots))
     return paths
 
 
@@ -1210,12 +1258,17 @@ def benchmark_rows(path, config, split):
         raise SystemExit(f"{path}: cannot be read ({e}).") from None
 
 
-def find_medium(medium, folder):
+def find_medium(medium, folder, roots):
     """An image or video of a row -> its path: beside the data, where the benchmarks' archives put
-    it (MM-RLHF's paths are not those of its archive), or in media_cache/ if it came in the row."""
+    it (MM-RLHF's paths are not those of its archive), or in media_cache/ if it came in the row.
+    Raises BadRow for one outside of the folders `roots`, see media_roots()."""
     medium = kept_medium(medium)
     last = Path(medium).name
     for name in (medium, f"images/{medium}", f"images/{last}", f"videos/{last}", last):
-        if (folder / name).exists():
+        if os.path.exists(folder / name):
+            check_place(str(folder / name), roots)
             return str(folder / name)
+    if Path(medium).is_absolute():  # as on the disk of its author
+        return str(folder / last)
+    check_place(str(folder / medium), roots)
     return str(folder / medium)

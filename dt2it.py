@@ -35,7 +35,7 @@ import bt_reward
 import common
 from bt_reward import after_media
 from common import knob
-from data import better_first, raw_rows
+from data import better_first, check_place, media_roots, raw_rows
 from stage1_text_grpo import sample_group
 
 
@@ -96,13 +96,14 @@ class Config(bt_reward.Config):
 
 # 4.3, see bt_reward.py. --data is D_0, what --construct wrote. The paper curates RLAIF-V,
 # VLFeedback, POVID, WildVision-Battle and MM-RLHF in two --iterations. UNSPECIFIED: judge_tokens.
-PRESETS = {"dt2it": bt_reward.DT2IT | dict(data="runs/pairs/pairs.jsonl", judge_tokens=2048)}
+PRESETS = {"dt2it": bt_reward.DT2IT | dict(data="runs/pairs/pairs.jsonl", media_root="data",
+                                           judge_tokens=2048)}
 
 
 # ---------------------------------------------------------------------- debiased construction (3.1)
 def construct(cfg, device):
     """Every row of --construct -> pairs.jsonl. All checkpoints are in memory at once."""
-    rows, out = load_prompts(cfg.construct), Path(cfg.out)
+    rows, out = load_prompts(cfg.construct, cfg.media_root), Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     models = {}  # {folder: (model, encoder)}
     for folder in {cfg.teacher, *cfg.candidates}:
@@ -131,21 +132,21 @@ def listed(counts):
     return ", ".join(f"{name} {n}" for name, n in counts.items())
 
 
-def load_prompts(path):
+def load_prompts(path, media_root=""):
     """-> the rows of a --construct file, checked. Raises SystemExit for a bad one."""
-    folder = Path(path).resolve().parent
+    folder, roots = Path(path).resolve().parent, media_roots(path, media_root)
     rows = []
     for where, raw in raw_rows(path):
         try:
-            rows.append(check_prompt(raw, folder))
+            rows.append(check_prompt(raw, folder, roots))
         except common.BadRow as e:
             raise SystemExit(f"{where}: row {e}.") from None
     return rows
 
 
-def check_prompt(raw, folder):
+def check_prompt(raw, folder, roots):
     """One row of --construct as it stands in its file -> the same, checked, with media paths that
-    start from `folder` and the list "responses". Raises BadRow."""
+    start from `folder`, lie in one of `roots`, and the list "responses". Raises BadRow."""
     if isinstance(raw, common.BadRow):  # the line is no JSON
         raise raw
     if not isinstance(raw, dict) or not isinstance(raw.get("reference"), str):
@@ -161,6 +162,7 @@ def check_prompt(raw, folder):
     if len(row["media"]) != common.N_MEDIA[row["task"]]:
         raise common.BadRow("has no media; the teacher reads no captions")
     for path in row["media"]:  # now, not in the middle of the run
+        check_place(path, roots)
         if row["task"].startswith("video"):
             common.open_video(path, 1)
         else:

@@ -45,7 +45,8 @@ import bt_reward
 import common
 import report
 from common import BadRow, knob, majority
-from data import BENCHMARKS, GROUPINGS, file_rows, find_medium, grouped, load_rows, read_benchmark
+from data import (
+    BENCHMARKS, GROUPINGS, file_rows, find_medium, grouped, load_rows, media_roots, read_benchmark)
 from stage1_text_grpo import sample_group
 
 # ==================================================================================================
@@ -667,7 +668,7 @@ def fit_to_judge(rows, loaded, args):
 
 # What may change between a killed run and the next: it says what becomes of the predictions.
 MAY_CHANGE = ("out", "json", "report", "report_rows", "runs", "batch_size", "aggregate", "grouping",
-              "score", "table", "toy", "api_workers")
+              "score", "table", "toy", "api_workers", "media_root")
 
 
 def written_verdicts(loaded, rows, args, votes, orders, desc, **more):
@@ -746,10 +747,10 @@ def predictions_of(loaded, rows, args, out=None):
 # ==================================================================================================
 # 4. Ranking: a reward in [0, 1] for each of n candidates.
 
-def read_candidates(path):
+def read_candidates(path, media_root=""):
     """-> [{"id", "task", "prompt", "media", "candidates", "row"}]. The candidates of a *_generation
     task are paths. Raises SystemExit at a line that is none."""
-    sets, folder = [], Path(path).parent
+    sets, folder, roots = [], Path(path).parent, media_roots(path, media_root)
     for where, line in file_rows(Path(path)):
         try:
             task = line.get("task") or guessed_task(line.get("media"))
@@ -757,11 +758,13 @@ def read_candidates(path):
             if len(candidates) < 2:
                 raise KeyError
             if task.endswith("generation"):
-                candidates = [find_medium(file, folder) for file in candidates]
-            media = [find_medium(medium, folder) for medium in line.get("media") or ()]
+                candidates = [find_medium(file, folder, roots) for file in candidates]
+            media = [find_medium(medium, folder, roots) for medium in line.get("media") or ()]
             sets.append({"id": line["id"], "task": task, "prompt": line["prompt"],
                          "row": len(sets), "media": media, "candidates": candidates})
-        except (AttributeError, KeyError, TypeError, BadRow):
+        except BadRow as e:
+            raise SystemExit(f"{where}: {e}.") from None
+        except (AttributeError, KeyError, TypeError):
             raise SystemExit(f'{where}: needs "id", "prompt", "candidates" (two texts or paths, or '
                              'more) and, for images and videos, "media": [paths].') from None
     if not sets:
@@ -917,7 +920,7 @@ def ranked_by_score(sets, loaded, args):
 def rank_candidates(args):
     """--rank: print or write one line per set of candidates."""
     device = common.start_processes()
-    sets = read_candidates(args.rank)
+    sets = read_candidates(args.rank, args.media_root)
     loaded = load_judge(args.model, args, device)
     if is_reward_model(args.model[0]):
         ranked = ranked_by_score(sets, loaded, args)
@@ -972,6 +975,8 @@ class Config:
                             "--toy, and stop", metavar="CHECKPOINT")
     toy: str = knob("toy", "folder of heldout_<task>.jsonl for --table")
     rows: int = knob(100, "--table: held-out rows per task, each in both orders; 0 = all of them")
+    media_root: str = knob("", "folders, separated by commas, where rows' media may lie, too; else "
+                           "in that of their file")
     skip_bad_rows: bool = knob(False, "malformed preference rows are left out; rows that cannot be "
                                "shown (a broken image...) count as wrong. Both are printed")
 
@@ -1055,7 +1060,8 @@ def main():
     media = "if there" if args.report else None
     if args.model:
         media = "all"
-    rows = read_benchmark(args.benchmark, args.data, args.split, media, args.skip_bad_rows)
+    rows = read_benchmark(args.benchmark, args.data, args.split, media, args.skip_bad_rows,
+                          args.media_root)
     if args.score:
         files = {path: read_predictions(path, rows) for path in args.score}
     else:
@@ -1137,7 +1143,8 @@ def table(args):
             judge.data = str(Path(args.toy, f"heldout_{task}.jsonl"))
             if args.rows:
                 judge.data += f":{args.rows}"
-            rows = read_benchmark("rows", judge.data, skip_bad_rows=args.skip_bad_rows)
+            rows = read_benchmark("rows", judge.data, skip_bad_rows=args.skip_bad_rows,
+                                  media_root=args.media_root)
             result, _ = score(rows, predictions_of(loaded, rows, judge))
             cells.append(f"{100 * result['overall']:.1f}")
         lines.append([folder, *cells])
@@ -1157,7 +1164,7 @@ def attempts(args, device):
     loaded = load_judge(args.model, args, device)
     encoder = loaded[0][1]
     rows = load_rows(args.data, encoder, args.form, args.max_prompt_tokens,
-                     args.skip_bad_rows)
+                     args.skip_bad_rows, args.media_root)
 
     def as_shown(row):
         return common.swap(row) if common.coin("attempts", args.seed, row["id"]) else row

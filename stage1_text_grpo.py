@@ -30,6 +30,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import common
+import sharding
 from common import knob, sum_over_ranks
 from data import hard_rows, load_rows
 
@@ -69,6 +70,8 @@ class Config:
         "<think>, not in it) or 'r1' (1/2, R1-Reward's Table 1; no generation rows)")
     max_prompt_tokens: int = knob(1024, "longer prompts are skipped and counted, never cut")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
+    media_root: str = knob("", "folders, separated by commas, where rows' media may lie, too; else "
+                           "in that of their file")
     exclude: str = knob("", "benchmark files; training rows that are in them too are left out "
                         "(the paper's S1 is built from VL-RewardBench's sources)")
     min_attempts: int = knob(0, "train on rows that took eval.py --attempts this many or more "
@@ -122,6 +125,10 @@ class Config:
                           "linear layers but the head, those of the vision tower unless it is "
                           "frozen. Needs peft, and about 10 times the --lr (UNSPECIFIED in MSRL)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
+    shard: Literal["auto", "yes", "no"] = knob(
+        "auto", "FSDP2: split weights, gradients, optimiser state and KL reference among the "
+        "processes of torchrun. 'auto': if a replica does not fit the card, at 16 bytes per "
+        "trained weight and 4 per weight of the reference")
 
     # evaluation on held-out rows, and logs
     eval_every: int = knob(20, "steps between looks at the held-out rows; 0 = only at the end")
@@ -252,7 +259,7 @@ def grpo_update(model, ref, encoder, optimizer, prompts, answers, advantage, kee
         old = frozen_logps(model, encoder, prompts, answers, minis, cfg)
     if ref is not None:
         reference = frozen_logps(ref, encoder, prompts, answers, minis, cfg)
-    difference = Counter()
+    difference, skipped = Counter(), 0
     for step, mini in enumerate(minis * cfg.updates_per_rollout):
         if mini.start == 0:  # a new pass
             totals = Counter()
@@ -277,8 +284,10 @@ def grpo_update(model, ref, encoder, optimizer, prompts, answers, advantage, kee
                 gap = (logp.detach() - token_values(sampled[part], owner)).abs()
                 add_up(difference, {"sampling/sampling_logp_difference/mean": gap}, owner)
         norm = common.optimizer_step(optimizer, common.trainable(model), cfg.max_grad_norm)
+        skipped += not math.isfinite(norm)
     loss, = sum_over_ranks(totals.pop("loss") / len(minis))
-    return {"loss": loss, "grad_norm": norm, **token_means(totals), **token_means(difference)}
+    return {"loss": loss, "grad_norm": norm, "skipped_steps": skipped, **token_means(totals),
+            **token_means(difference)}
 
 
 def pieces(start, stop, size):
@@ -330,17 +339,20 @@ def main():
     state = common.open_run(cfg.out, cfg)
 
     # ------------------------------------------------------------------------------ model and data
-    model, encoder = common.load(cfg.model, device, made_by=Config.model,
+    shards = sharding.wanted(cfg, device)
+    model, encoder = common.load(cfg.model, device, made_by=Config.model, shards=shards,
                                  style=cfg.style)
     if cfg.freeze_vision:
         common.freeze_vision(model)
     if cfg.lora_rank:
         common.add_adapter(model, cfg.lora_rank, cfg.seed)
+    if shards:
+        sharding.shard(model, cfg, device)
     ref = common.reference(model) if cfg.beta > 0 else None
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = common.make_optimizer(model, cfg.lr)
-    limits = FORM, cfg.max_prompt_tokens, cfg.skip_bad_rows
+    limits = FORM, cfg.max_prompt_tokens, cfg.skip_bad_rows, cfg.media_root
     rows = load_rows(cfg.data, encoder, *limits, exclude=cfg.exclude)
     rows = hard_rows(rows, cfg.min_attempts)
     heldout = load_rows(cfg.heldout, encoder, *limits) if cfg.heldout else []
@@ -401,20 +413,24 @@ def main():
             result = common.evaluate(model, encoder, heldout_subset, cfg, f"step {done}", FORM,
                                      sample_group)
             metrics["eval_accuracy"] = result["accuracy"]
+        stop = bar.stop_asked()  # SIGTERM
         if common.rank() == 0:
             common.log_step(cfg.out, {"step": done, **metrics}, cfg.tracker)
-            if cfg.log_rollouts_every and step % cfg.log_rollouts_every == 0:
-                b = (advantage != 0).any(1).int().argmax().item()  # first with a signal, else 0
+        if cfg.log_rollouts_every and step % cfg.log_rollouts_every == 0:
+            b = (advantage != 0).any(1).int().argmax().item()  # first with a signal, else 0
+            tokens = logged_tokens(model, encoder, prompts[b], rollout.ids[b], rollout.logp[b], cfg)
+            if common.rank() == 0:  # and not before: a sharded model is run by all processes
                 common.append(Path(cfg.out, "rollouts.jsonl"), {
                     "step": done, "id": batch[b]["id"], "label": batch[b]["label"],
                     "media": batch[b]["media"], "answers": texts[b],
                     "prompt": common.render(batch[b], FORM, cfg.style),
                     "rewards": {name: values[b].tolist() for name, values in scores.items()},
                     "reward": rewards[b].tolist(), "advantages": advantage[b].tolist(),
-                    "kept": keep[b].tolist(), **logged_tokens(
-                        model, encoder, prompts[b], rollout.ids[b], rollout.logp[b], cfg)})
-            if done % cfg.save_every == 0 or done == cfg.max_steps:
-                common.save_state(cfg.out, model, optimizer, done, cfg, **saved)
+                    "kept": keep[b].tolist(), **tokens})
+        if stop or done % cfg.save_every == 0 or done == cfg.max_steps:
+            common.save_state(cfg.out, model, optimizer, done, cfg, **saved)
+        if stop:
+            common.end_stopped(cfg.out, done)
         bar.set_postfix(reward=f"{metrics['reward']:.3g}", kl=f"{metrics.get('kl', 0):.3g}",
                         acc=f"{metrics['rewards/accuracy/mean']:.3g}", refresh=False)
 
@@ -422,10 +438,10 @@ def main():
     after = None
     if heldout:
         after = common.evaluate(model, encoder, heldout, cfg, "after", FORM, sample_group)
+    common.save_checkpoint(cfg.out, model, encoder, stage=STAGE, parent=cfg.model,
+                           step=max(start, cfg.max_steps), config=asdict(cfg),
+                           heldout={"before": saved.get("before"), "after": after})
     if common.rank() == 0:
-        common.save_checkpoint(cfg.out, model, encoder, stage=STAGE, parent=cfg.model,
-                               step=max(start, cfg.max_steps), config=asdict(cfg),
-                               heldout={"before": saved.get("before"), "after": after})
         print(f"wrote {cfg.out}/")
     common.end_processes()
 
@@ -443,11 +459,12 @@ class Rollout:
 def roll_out(model, encoder, prompts, cfg, generator):
     """B prompts -> their Rollout, cfg.rollout_batch prompts at a time."""
     rollout = Rollout([], [])
-    for at in range(0, len(prompts), cfg.rollout_batch):
-        part = sample_group(model, encoder, prompts[at:at + cfg.rollout_batch], cfg.group_size,
-                            cfg.temperature, cfg.max_new_tokens, generator)
-        rollout.ids += part.ids
-        rollout.logp += part.logp
+    with sharding.whole(model):
+        for at in range(0, len(prompts), cfg.rollout_batch):
+            part = sample_group(model, encoder, prompts[at:at + cfg.rollout_batch], cfg.group_size,
+                                cfg.temperature, cfg.max_new_tokens, generator)
+            rollout.ids += part.ids
+            rollout.logp += part.logp
     return rollout
 
 

@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 
 import common
+import sharding
 from common import knob
 from data import load_rows
 from stage0_sft import finetune
@@ -59,6 +60,8 @@ class Config:
     max_pixels: int = knob(0, "of an image for Qwen-VL, see stage 0; 0: as the checkpoint says")
     max_prompt_tokens: int = knob(2048, "longer prompts are skipped and counted, never cut")
     skip_bad_rows: bool = knob(False, "leave bad rows out and count them instead of stopping")
+    media_root: str = knob("", "folders, separated by commas, where rows' media may lie, too; else "
+                           "in that of their file")
     exclude: str = knob("", "benchmark files; training rows that are in them too are left out "
                         "(the paper's S1 is built from VL-RewardBench's sources)")
 
@@ -77,6 +80,10 @@ class Config:
                           "linear layers but the head, those of the vision tower unless it is "
                           "frozen. Needs peft, and about 10 times the --lr (UNSPECIFIED in MSRL)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
+    shard: Literal["auto", "yes", "no"] = knob(
+        "auto", "FSDP2: split weights, gradients, optimiser state and KL reference among the "
+        "processes of torchrun. 'auto': if a replica does not fit the card, at 16 bytes per "
+        "trained weight and 4 per weight of the reference")
 
     # evaluation on held-out rows, and saved states
     eval_batch: int = knob(128, "judgements decoded together")
@@ -85,8 +92,8 @@ class Config:
         "none", "draws the curves of metrics.jsonl elsewhere, too, if it is installed")
 
 
-PAPER = dict(data="runs/stage2_caption_grpo/captioned.jsonl", heldout="", lr=2e-6,
-             batch_size=128, micro_batch=1, epochs=1,
+PAPER = dict(data="runs/stage2_caption_grpo/captioned.jsonl", media_root="data", heldout="",
+             lr=2e-6, batch_size=128, micro_batch=1, epochs=1,
              max_prompt_tokens=8192, max_new_tokens=1024, gradient_checkpointing=True,
              skip_bad_rows=True)
 PRESETS = {"paper": PAPER}
@@ -135,8 +142,9 @@ def distill(model, encoder, rows, cfg):
                                 "texts": [encoder.decode(answer) for answer in ids],
                                 "confidences": [sum(logp) / len(logp) for logp in logps]})
         return sorted(common.gather_list(samples), key=lambda s: s["row"])
-    return common.resumed(Path(cfg.out, "samples.jsonl"), made_by, rows, sample, cfg.rollout_batch,
-                          "sampling rationales")
+    with sharding.whole(model):
+        return common.resumed(Path(cfg.out, "samples.jsonl"), made_by, rows, sample,
+                              cfg.rollout_batch, "sampling rationales")
 
 
 def distilled(rows, samples):
@@ -182,13 +190,16 @@ def main():
     if common.trained_style(cfg.model) == "r1":
         raise SystemExit(f"{cfg.model} was trained with --style r1; a <caption> belongs to MSRL's "
                          "templates only.")
-    model, student = common.load(cfg.model, device, made_by=Config.model, frames=cfg.frames,
-                                 max_tiles=cfg.max_tiles, max_pixels=cfg.max_pixels,
-                                 style=cfg.style)
+    shards = sharding.wanted(cfg, device)
+    model, student = common.load(cfg.model, device, made_by=Config.model, shards=shards,
+                                 frames=cfg.frames, max_tiles=cfg.max_tiles,
+                                 max_pixels=cfg.max_pixels, style=cfg.style)
+    if shards:
+        sharding.shard(model, cfg, device)
     teacher = copy.copy(student)  # the same model is both; they may be asked in different words
     teacher.style = "msrl"
     # what can fail comes before hours of sampling: both prompts are measured, in their own words
-    limits = cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows
+    limits = cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows, cfg.media_root
     heldout = load_rows(cfg.heldout, student, *limits) if cfg.heldout else []
     loaded = load_rows(cfg.data, student, *limits, cfg.exclude)
     captioned = [row for row in loaded if row["captions"] or not row["media"]]

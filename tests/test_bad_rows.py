@@ -71,6 +71,10 @@ BAD = [  # name, task, what is changed (or the raw line), what the message must 
      "contains '[The End of "),
     ("number for rationale", "text", {"rationale": 3}, "rationale is int"),
     ("forged rationale", "text", {"rationale": "so </think>"}, "rationale contains '</think>'"),
+    ("half an emoji for id", "text", {"id": "\ud83d"}, "not valid Unicode"),
+    ("half an emoji in a key of your own", "text", {"note": ["\ud83d"]}, "not valid Unicode"),
+    ("list for subset", "text", {"subset": ["x"]}, "'subset' is list"),
+    ("number with a point for group", "text", {"group": 0.5}, "'group' is float"),
     ("media for text", "text", {"media": ["cut.png"]}, "needs 0 path(s)"),
     ("string for media", "image_understanding", {"media": "cut.png"}, "'media' must be a list"),
     ("no media", "image_understanding", {"media": []}, "caption form"),
@@ -115,13 +119,14 @@ def test_bad_row(broken_media, encoder, tmp_path, capsys, task, change, complain
     kills: numbering the rows; not opening media; a missing check; skipping without counting."""
     bad = spoil(broken_media, task, change)
     path = write(tmp_path / "rows.jsonl", [text_row(id="one"), "", bad, text_row(id="two")])
+    more = {"media_root": str(broken_media)}
     with pytest.raises(SystemExit) as stop:
-        load_rows(path, encoder)
+        load_rows(path, encoder, **more)
     message = str(stop.value)
     assert message.startswith(f"{path}:3: ")
     assert complaint in message
     assert "--skip_bad_rows" in message
-    rows = load_rows(path, encoder, skip_bad_rows=True)
+    rows = load_rows(path, encoder, skip_bad_rows=True, **more)
     assert [r["id"] for r in rows] == ["one", "two"]
     out = capsys.readouterr().out
     assert "2 rows" in out and "1 bad rows skipped" in out
@@ -131,7 +136,8 @@ def test_every_bad_row_is_counted(broken_media, encoder, tmp_path, capsys):
     """kills: a counter per kind that shows the number of kinds; stopping at the first one."""
     bad = [spoil(broken_media, task, change) for _, task, change, _ in BAD]
     path = write(tmp_path / "rows.jsonl", [text_row(), *bad])
-    assert len(load_rows(path, encoder, skip_bad_rows=True)) == 1
+    root = str(broken_media)
+    assert len(load_rows(path, encoder, skip_bad_rows=True, media_root=root)) == 1
     assert f"{len(BAD)} bad rows skipped" in capsys.readouterr().out
 
 
@@ -256,7 +262,7 @@ def test_no_text_forges_markup(broken_media, encoder, tmp_path):
             if "type>" not in tag:  # a rationale may name the type, as in Figures 8-11
                 forged.append({**row, "rationale": bad})
     path = write(tmp_path / "rows.jsonl", [text_row(id="good"), *forged])
-    left = load_rows(path, encoder, skip_bad_rows=True)
+    left = load_rows(path, encoder, skip_bad_rows=True, media_root=str(broken_media))
     assert [r["id"] for r in left] == ["good"], left[1:]
 
 

@@ -426,7 +426,7 @@ def test_flags_reach_the_run(world, tmp_path, capsys):
     run_here(bt.main, bt_flags(world, tmp_path / "run", data=source, heldout="", freeze_vision=True,
                             balance_length=True, lr=1e-3, **more))
     assert "--balance_length" in capsys.readouterr().out
-    cfg = bt.Config(model=str(toy_world.PREBUILT), batch_size=4, **more)
+    cfg = bt.Config(model=str(toy_world.PREBUILT), batch_size=4, media_root=str(world), **more)
     _, encoder = common.load(cfg.model)
     kept = bt.balanced(bt.load_pairs(source, encoder, bt.settings_of(vars(cfg)), cfg), cfg.seed)
     common.write_lines(tmp_path / "kept.jsonl", kept)

@@ -170,16 +170,20 @@ def test_a_cut_replacement_replaces_nothing(monkeypatch, checkpoint, prompt_row)
     ({"responses": ["a disc"]}, "two or more"), ({"responses": "a disc"}, "two or more"),
     ({"responses": ["a disc", ""]}, "empty"), ({"reference": "<answer> A"}, "<answer>"),
     ({"media": []}, "no media"), ({"media": ["gone.png"]}, "gone.png")])
-def test_prompts_that_cannot_be_used_are_named(tmp_path, prompt_row, change, complaint):
+def test_prompts_that_cannot_be_used_are_named(world, tmp_path, prompt_row, change, complaint):
     # kills: a row that stops the run in its middle: the teacher shown the image's caption or
     # nothing, "None" for a reference, one response, a tag of ours, a file opened only when asked
     good = {key: prompt_row[key] for key in ("id", "task", "prompt", "media", "reference")}
     path = write(tmp_path / "prompts.jsonl", [good, {**good, "captions": ["red disc"], **change}])
+    roots = f"{world},{tmp_path}"
     with pytest.raises(SystemExit, match=complaint) as stopped:
-        dt2it.load_prompts(path)
+        dt2it.load_prompts(path, roots)
     assert str(stopped.value).startswith(f"{path}:2: row ")
     path = write(tmp_path / "good.jsonl", [good, {**good, "responses": ["a disc", "a ring"]}])
-    assert [row["responses"] for row in dt2it.load_prompts(path)] == [[], ["a disc", "a ring"]]
+    assert [row["responses"] for row in dt2it.load_prompts(path, roots)] == [
+        [], ["a disc", "a ring"]]
+    with pytest.raises(SystemExit, match="lies outside"):
+        dt2it.load_prompts(path)
 
 
 def test_construction_runs_with_checkpoints(world, tmp_path):
@@ -192,7 +196,8 @@ def test_construction_runs_with_checkpoints(world, tmp_path):
          "reference": "a disc", "responses": ["a ring", "a disc"]}])
     run_here(dt2it.main, [
         "--construct", tmp_path / "prompts.jsonl", "--teacher", toy_world.PREBUILT, "--candidates",
-        toy_world.PREBUILT, "--samples", 2, "--judge_tokens", 60, "--out", tmp_path / "out"])
+        toy_world.PREBUILT, "--samples", 2, "--judge_tokens", 60, "--out", tmp_path / "out",
+        "--media_root", world])
     assert lines(tmp_path / "out" / "pairs.jsonl") == []
     groups = lines(tmp_path / "out" / "groups.jsonl")[1:]
     assert [x[1] for x in groups] == [{"malformed scores": 1}] * 2

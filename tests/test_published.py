@@ -308,7 +308,8 @@ def test_rapidata_images(here, encoder):
 
 def test_rapidata_videos(here, encoder):
     # S6. Capitalised columns; data/x.parquet and Videos/ side by side. kills: the columns of S3,
-    # another folder
+    # another folder, one refused that lies beside that of the file
+    datasets = pytest.importorskip("datasets")
     write_video(here / "Videos" / "w.mp4", 3)
     write_video(here / "Videos" / "z.mp4", 9)
     make = [{"prompt": f"dot {i}", "video1": "https://x", "video2": "https://y",
@@ -319,7 +320,9 @@ def test_rapidata_videos(here, encoder):
              "weighted_results1_Alignment": 0.5, "weighted_results2_Alignment": 0.5}
             for i in range(N)]
     tie = {**make[0], "weighted_results1_Preference": 0.6}
-    rows = rows_of(write(here / "data" / "s6.jsonl", [*make, tie]), encoder, "video_generation")
+    path = here / "data" / "s6.parquet"
+    datasets.Dataset.from_list([*make, tie]).to_parquet(path)
+    rows = rows_of(path, encoder, "video_generation")
     assert len(rows) == N
     won = {r["media"]["AB".index(r["label"])] for r in rows}
     assert won == {str(here / "data" / ".." / "Videos" / "w.mp4")}

@@ -24,8 +24,8 @@ import toy_world
 import torch
 import transformers
 from helpers import (
-    ENV, PROGRAMS, RM_BENCH, ROOT, flags, lines, run_here, run_there, same_weights, small_world,
-    text_only_model, torchrun, weights_of)
+    ENV, PROGRAMS, RM_BENCH, ROOT, flags, lasting, lines, run_here, run_there, same_weights,
+    small_world, text_only_model, torchrun, weights_of)
 
 import bt_reward
 import common
@@ -62,12 +62,6 @@ def stage1_flags(world, out, **more):
             "batch_size": 4, "group_size": 5, "micro_batch": 2, "max_new_tokens": 9, "max_steps": 4,
             "save_every": 2, "log_rollouts_every": 1, "lr": 1e-3}
     return flags(**tiny | more)
-
-
-def lasting(metrics):
-    """What a metrics line says of the run, without what it says of the machine."""
-    machine = ("step_time", "sample_time", "tokens_per_second", "peak_memory_gb")
-    return {name: value for name, value in metrics.items() if name not in machine}
 
 
 # ---------------------------------------------------------------------------------------- processes

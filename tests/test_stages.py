@@ -131,7 +131,8 @@ def test_gold_labels_play_no_part_in_the_whole_script(world, tmp_path):
     for name, rows in (("gold", gold), ("flipped", flipped)):
         common.write_lines(tmp_path / f"{name}.jsonl", rows)
         run_here(cmkd.main, flags(model=toy_world.PREBUILT, data=tmp_path / f"{name}.jsonl",
-                                  samples=3, epochs=1, heldout="", out=tmp_path / name))
+                                  media_root=world, samples=3, epochs=1, heldout="",
+                                  out=tmp_path / name))
         files.append(lines(tmp_path / name / "cmkd.jsonl"))
     assert len(files[0]) >= 3 and files[0] == files[1]
 
@@ -268,6 +269,7 @@ def test_stage_3_rewards_what_it_asks_for(world, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_here(stage3.main, flags(**{**TINY, "max_steps": 1, "batch_size": 2}, heldout="",
                                     data=tmp_path / "pairs.jsonl", max_prompt_tokens=3000,
+                                    media_root=world,
                                     out=tmp_path / "run"))
     (rewards, texts), = seen
     assert texts[0] == answers and rewards["format"][0].tolist() == [1, 0, 1]
@@ -325,7 +327,7 @@ def test_the_teacher_is_asked_in_msrl_and_the_student_in_caption(world, encoder,
     monkeypatch.setattr(stage0_sft, "collate", learn)
     run_here(cmkd.main, flags(model=toy_world.PREBUILT, data=tmp_path / "five.jsonl", samples=2,
                               epochs=1, batch_size=4, heldout="", max_prompt_tokens=3000,
-                              out=tmp_path / "run"))
+                              media_root=world, out=tmp_path / "run"))
     assert measured == {("caption", "pixels"), ("msrl", "caption")}
     asked = [reply_format(text) for text in asked]
     assert len(asked) == 4  # the row with the long caption is left out
@@ -443,7 +445,7 @@ def test_captions_come_from_a_checkpoint(world, loaded, tmp_path, monkeypatch):
     common.write_lines(tmp_path / "bare.jsonl", rows)
     cfg = stage2.Config(data=str(tmp_path / "bare.jsonl"), captioner=str(toy_world.PREBUILT),
                         model=str(toy_world.PREBUILT), heldout="", replay_ratio="1:0",
-                        out=str(tmp_path))
+                        media_root=str(world), out=str(tmp_path))
     calls = []
 
     def sample(model, encoder, prompts, *args):
@@ -529,7 +531,8 @@ def test_stage_3_trains_the_vision_tower_unless_frozen(world, tmp_path, freeze):
         row["media"] = [str(world / m) for m in row["media"]]
     common.write_lines(mixed, rows)
     run_here(stage3.main, flags(**{**TINY, "batch_size": 5, "group_size": 8, "max_steps": 1},
-                                data=mixed, heldout="", freeze_vision=freeze, out=tmp_path / "run"))
+                                data=mixed, media_root=world, heldout="", freeze_vision=freeze,
+                                out=tmp_path / "run"))
     before, after = vision(toy_world.PREBUILT), vision(tmp_path / "run")
     same = [bool((before[k].float() == after[k]).all()) for k in before]
     assert len(same) > 20 and (all(same) if freeze else not any(same[:20]))
@@ -551,15 +554,15 @@ def test_captions_and_distillation_on_two_processes(world, tmp_path):
     common.write_lines(tmp_path / "bare.jsonl", rows)
     torchrun([ROOT / "stage2_caption_grpo.py", *flags(
         **TINY, data=tmp_path / "bare.jsonl", captioner=toy_world.PREBUILT, heldout="",
-        replay_ratio="1:0", out=tmp_path / "two")])
+        replay_ratio="1:0", media_root=world, out=tmp_path / "two")])
     got = lines(tmp_path / "two" / "captioned.jsonl")
     cfg = stage2.Config(data=str(tmp_path / "bare.jsonl"), captioner=str(toy_world.PREBUILT),
                         model=str(toy_world.PREBUILT), heldout="", replay_ratio="1:0",
-                        out=str(tmp_path))
+                        media_root=str(world), out=str(tmp_path))
     assert got == lines(captioned(cfg, stage2.sample_group, "cpu"))
     torchrun([ROOT / "stage2b_cmkd.py", *flags(
         model=tmp_path / "two", data=tmp_path / "two" / "captioned.jsonl", samples=3, epochs=1,
-        rollout_batch=5, batch_size=4, heldout="", out=tmp_path / "b")])
+        rollout_batch=5, batch_size=4, heldout="", media_root=world, out=tmp_path / "b")])
     assert [s["id"] for s in lines(tmp_path / "b" / "samples.jsonl")[1:]] == [r["id"] for r in got]
     assert json.loads((tmp_path / "b" / "stage.json").read_text())["step"] >= 1
 
@@ -571,7 +574,7 @@ def test_a_rank_without_images_waits_for_nobody(world, tmp_path):
     rows[0]["media"] = [str(world / m) for m in rows[0]["media"]]
     common.write_lines(tmp_path / "two.jsonl", rows)
     torchrun([ROOT / "stage3_mm_grpo.py", *flags(**{**TINY, "batch_size": 2}, heldout="",
-              data=tmp_path / "two.jsonl", out=tmp_path / "run")])
+              data=tmp_path / "two.jsonl", media_root=world, out=tmp_path / "run")])
     assert [m["step"] for m in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
 
 
