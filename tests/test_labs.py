@@ -99,6 +99,19 @@ def test_a_blank_fails_politely(folders, number):
                    for line in report["lines"])
 
 
+def test_a_helper_that_nobody_calls_is_blank_all_the_same(student):
+    """balanced() without extra_length(), which other parts of the script may call.
+    kills: only what is called is looked at"""
+    texts = solution(9)
+    del texts["extra_length"]
+    texts["balanced"] = ("def balanced(rows, seed):\n    import wrong_versions\n"
+                         "    return wrong_versions.balanced(rows, seed)\n")
+    report = diagnosis.examine(9, student(9, texts))
+    assert report["parts"]["balanced"]["state"] == "right" and not report["passed"]
+    assert report["parts"]["extra_length"]["state"] == "blank"
+    assert "extra_length: extra_length() is still blank" in report["lines"]
+
+
 # ------------------------------------------------------------------- mistakes that no bank can hold
 def advantages_with(line):
     """Today's advantages(), this line before all others of its body"""
@@ -155,12 +168,11 @@ def run(*args, code=0):
 
 
 def test_a_lab_from_start_to_end(tmp_path):
-    """start, a blank, an endless loop, a process that dies, the solution with a print, and the
+    """start, an endless loop, a process that dies, the solution with a print, and the
     copies for stages 2 and 3. kills: no time limit; prints taken for the result"""
     folder = tmp_path / "mine"
     run("start", 3, "--out", folder)
     assert "is there already" in run("start", 3, "--out", folder, code=1)
-    assert "advantages() is still blank" in run("check", 3, "--dir", folder, code=1)
     path = folder / "stage1_text_grpo.py"
     blank = path.read_text()
     for new, said in ((advantages_with("while True: pass"),

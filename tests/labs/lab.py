@@ -14,6 +14,7 @@ in one lab cannot spoil another. Write your helper functions into the same file.
 
 import argparse
 import ast
+import functools
 import json
 import re
 import shutil
@@ -47,6 +48,7 @@ FILES = ("*.py", "requirements.txt", "tests/toy_world.py", "tests/toy_backbone/*
 
 
 # ------------------------------------------------------------------------ cutting out, by name
+@functools.cache
 def definitions(source):
     """{name: its node} of the functions and constants at the top level of a file."""
     found = {}
