@@ -199,7 +199,7 @@ def test_the_toy_world_runs_in_the_folder_of_a_lab(folders):
 @pytest.mark.parametrize("number", lab.LABS)
 def test_only_the_functions_of_the_lab_are_cut_out(folders, number):
     """With the solution put back each file is today's again; a blank keeps signature and docstring.
-    kills: comments of the body left in; the body of another function; stages 2 and 3 forgotten"""
+    kills: the body of another function; stages 2 and 3 forgotten"""
     texts = solution(number)
     for file, names in lab.LABS[number][1].items():
         for copied in (file, *lab.COPIES.get(file, ())):
@@ -214,6 +214,13 @@ def test_only_the_functions_of_the_lab_are_cut_out(folders, number):
                     assert lab.text_of(cut, name).count("\n") < lab.text_of(today, name).count("\n")
         assert {path.name for path in folders[number].glob("*.py")} == {
             path.name for path in ROOT.glob("*.py")}
+
+
+def test_comments_of_the_body_go_with_it():
+    """kills: cut from the first statement after the docstring on"""
+    source = 'def f(a):\n    """Doc."""\n    # the trick\n    return a\n'
+    assert lab.blank(source, "f", 3) == (
+        'def f(a):\n    """Doc."""\n    raise NotImplementedError("lab 3: f")')
 
 
 def test_a_function_that_is_gone_is_named():
