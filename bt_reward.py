@@ -3,6 +3,7 @@ A Bradley-Terry reward model: one number for one response (MSRL Eq. 1, BaseRewar
 
     python bt_reward.py                                          # toy world, all five tasks
     torchrun --nproc_per_node=8 bt_reward.py --preset paper      # MSRL's discriminative baseline
+    torchrun --nproc_per_node=8 bt_reward.py --preset basereward    # or dt2it
 
 The language model's head gives way to a small MLP that reads the last token's hidden state:
 
@@ -75,6 +76,8 @@ class Config:
                                     "cut, they are left out")
     frames: int = knob(8, "frames per video, evenly spaced; a reward model remembers its own")
     max_tiles: int = knob(12, "tiles per image; fewer save memory; remembered, too")
+    max_pixels: int = knob(0, "of an image for Qwen-VL, kept by the checkpoint; 0: as it says "
+                           "(DT2IT: 518 x 518)")
 
     # the head
     head_layers: int = knob(2, "of the reward head, 1 to 5 (BaseReward Table 2: 2; DT2IT: 1)")
@@ -111,11 +114,40 @@ class Config:
             raise ValueError("--max_response_tokens is at least 1")
 
 
+# What models of 7B and more need, whoever's recipe it is
+LARGE = dict(heldout="", micro_batch=1, max_prompt_tokens=8192, gradient_checkpointing=True,
+             skip_bad_rows=True)
+
 # MSRL A.2: one epoch over "the complete set" of labelled multimodal rows, here those of stages 2
 # and 3 together, at 1e-5 and 128
-PAPER = dict(model="OpenGVLab/InternVL3_5-8B-HF", heldout="", epochs=1, batch_size=128, lr=1e-5,
-             data=TABLE_5.format(13000, 5000, 5219, 6666, 5000, 4595), micro_batch=1,
-             max_prompt_tokens=8192, gradient_checkpointing=True, skip_bad_rows=True)
+PAPER = LARGE | dict(**common.BACKBONES["internvl"], epochs=1, batch_size=128, lr=1e-5,
+                     data=TABLE_5.format(13000, 5000, 5219, 6666, 5000, 4595))
+
+# BaseReward 4.1: Qwen2.5-VL-7B, 3e-6, 128, no auxiliary loss (3.3: nor length norm), two layers
+# with SiLU (3.2). UNSPECIFIED: epochs (ours: one, as MSRL and DT2IT), the schedule (ours: DT2IT's),
+# frozen parts (none), pixels (those of the same authors' R1-Reward script).
+# Data: the seven sets that are not gray in Table 5, those of Table 8, 2.8M pairs; sizes: Table 4.
+# DEVIATION: of R1-Reward's 200k only its RL rows are released; "Others" (63k) are not listed;
+# Ultra-Hard has the pairs of UltraFeedback with the largest difference, ours are drawn from all.
+# UNSPECIFIED: which 65k of Tulu-3. MMPR comes as many files: write their rows to one, with the
+# paths of images relative to it.
+BASEREWARD = LARGE | dict(
+    model="Qwen/Qwen2.5-VL-7B-Instruct", max_pixels=501_760, epochs=1, batch_size=128, lr=3e-6,
+    head_layers=2, head_activation="silu", zero_coefficient=0.0, length_norm=False,
+    data="openbmb/RLAIF-V-Dataset,data/MMPR-v1.2/all.jsonl:2000000,yifanzhang114/R1-Reward-RL,"
+         "allenai/llama-3.1-tulu-3-8b-preference-mixture:65000,"
+         "allenai/olmo-2-1124-7b-preference-mix,openbmb/UltraFeedback:63000")
+
+# DT2IT-MRM 4.3: Qwen3-VL-8B-Instruct, a linear head, no auxiliary loss, one epoch at 1e-5 and 512,
+# images of up to 518 x 518 pixels, a cosine after a warm-up of 0.1 (learning_rate). Its script: the
+# vision tower is frozen. 3.2, Eq. 3: generation rows are pairs of images.
+# Data: what dt2it.py writes, D_0 and the curated open sets; the paper's own rows are not released.
+DT2IT = LARGE | dict(
+    model="Qwen/Qwen3-VL-8B-Instruct", max_pixels=518 * 518, epochs=1, batch_size=512, lr=1e-5,
+    head_layers=1, zero_coefficient=0.0, length_norm=False, freeze_vision=True, t2i="pair",
+    data="runs/pairs/pairs.jsonl,runs/curated/curated.jsonl")
+
+PRESETS = {"paper": PAPER, "basereward": BASEREWARD, "dt2it": DT2IT}
 
 
 # ------------------------------------------------------------------------------------------- model
@@ -189,7 +221,7 @@ def train(cfg, device, out, rows=None):
     """Train on `rows`, or on those of --data; the checkpoint goes to the folder `out`."""
     state = common.open_run(out, cfg)
     model, encoder = common.load(cfg.model, device, made_by=Config.model, frames=cfg.frames,
-                                 max_tiles=cfg.max_tiles)
+                                 max_tiles=cfg.max_tiles, max_pixels=cfg.max_pixels)
     settings = settings_of(asdict(cfg))
     if cfg.freeze_vision:
         common.freeze_vision(model)
@@ -615,7 +647,7 @@ def shares_preferred(model, encoder, item, responses, max_new_tokens, beaten=0):
 
 
 def main():
-    cfg = common.parse_config(Config, __doc__, PAPER)
+    cfg = common.parse_config(Config, __doc__, PRESETS)
     device = common.start_processes(cfg.batch_size)
     train(cfg, device, cfg.out)
     common.end_processes()

@@ -1378,17 +1378,25 @@ AT_LEAST_1 = ("batch_size", "micro_batch", "rollout_batch", "save_every", "max_n
               "epochs", "samples", "frames", "max_tiles", "eval_batch", "eval_rows")
 
 
-def parse_config(cls, description, paper=None):
-    """Command line -> config. `--preset paper` takes the paper's defaults; flags still win. What a
-    script itself refuses is said by its Config's check(), which raises ValueError."""
+# Whose recipe a preset is, and the scripts that have it
+PRESETS = {"paper": "MSRL 5.1, A.2 (stages 0 to 3, bt_reward.py)",
+           "r1": "R1-Reward 4.3, 5 (stage0_sft.py, stage3_mm_grpo.py)",
+           "basereward": "BaseReward 3.2, 4.1 (bt_reward.py)",
+           "dt2it": "DT2IT-MRM 4.3 (bt_reward.py, dt2it.py)"}
+# UNSPECIFIED: MSRL trains InternVL3.5 alone (5.1: 1B, 4B, 8B, 14B). Qwen2.5-VL is what R1-Reward
+# and BaseReward train, at 7B; the limit is the one in MSRL's scripts.
+BACKBONES = {"internvl": dict(model="OpenGVLab/InternVL3_5-8B-HF"),
+             "qwen2_5_vl": dict(model="Qwen/Qwen2.5-VL-7B-Instruct", max_pixels=1_003_520)}
+
+
+def parse_config(cls, description, presets=None):
+    """Command line -> config. `presets`, {name: defaults, or a function from flags to defaults},
+    are what --preset can take; flags still win. What a script itself refuses is said by its
+    Config's check(), which raises ValueError."""
     parser = transformers.HfArgumentParser(cls, description=description, allow_abbrev=False,
                                            formatter_class=_Help)
-    if paper is not None:
-        parser.add_argument("--preset", choices=["toy", "paper"], default="toy",
-                            help="'paper' takes the paper's data and hyper-parameters")
-        known, _ = parser.parse_known_args()
-        if known.preset == "paper":
-            parser.set_defaults(**(paper(known) if callable(paper) else paper))
+    if presets:
+        parser.set_defaults(**_preset_defaults(parser, presets))
     cfg, *_, unknown = parser.parse_args_into_dataclasses(
         return_remaining_strings=True, look_for_args_file=False)
     if unknown:
@@ -1412,6 +1420,26 @@ def parse_config(cls, description, paper=None):
         except ValueError as e:
             parser.error(str(e))
     return cfg
+
+
+def _preset_defaults(parser, presets):
+    """Add --preset and --backbone -> the defaults that they stand for."""
+    names = ", ".join(["toy", *presets])
+    papers = "; ".join(f"{name}: {PRESETS[name]}" for name in presets)
+    parser.add_argument("--preset", default="toy", metavar=f"{{{names}}}",
+                        help=f"a paper's own data and hyper-parameters. {papers}")
+    parser.add_argument("--backbone", choices=list(BACKBONES),
+                        help="what --preset paper starts from; the paper's is internvl")
+    known, _ = parser.parse_known_args()
+    name, defaults = known.preset, presets.get(known.preset, {})
+    if name != "toy" and name not in presets:
+        parser.error(f"--preset {name} is none of {names}. {name}: {PRESETS.get(name, 'unknown')}")
+    if callable(defaults):
+        defaults = defaults(known)
+    if known.backbone and (name != "paper" or "model" not in defaults):
+        parser.error("--backbone is for --preset paper of stage0_sft.py and bt_reward.py; "
+                     "elsewhere --model says what training starts from")
+    return defaults | BACKBONES.get(known.backbone, {})
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

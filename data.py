@@ -175,6 +175,13 @@ def hard_rows(rows: list[Row], min_attempts) -> list[Row]:
     return hard
 
 
+# What one script writes for another, and the command that does
+MADE_BY = {"captioned.jsonl": "stage2_caption_grpo.py --captioner DIR` writes it.",
+           "annotated.jsonl": "eval.py --attempts 3 --style r1` writes such rows.",
+           "pairs.jsonl": "dt2it.py --construct FILE` writes it.",
+           "curated.jsonl": "dt2it.py --curate FILE` writes it."}
+
+
 def raw_rows(source, shuffle=False, config=None, split=None):
     """Yield ("file:line", raw row or BadRow) from a .jsonl, .json (both also .gz) or .parquet file
     or a hub id (and its config and split); shuffled, always alike, if a sample is wanted."""
@@ -190,7 +197,8 @@ def raw_rows(source, shuffle=False, config=None, split=None):
         return
     hub_id = source.count("/") == 1 and not path.suffix and source[0] not in "./"
     if not path.exists() and not hub_id:
-        raise SystemExit(f"{source}: no such file. `python tests/toy_world.py` makes toy rows.")
+        remedy = MADE_BY.get(path.name, "tests/toy_world.py` makes toy rows.")
+        raise SystemExit(f"{source}: no such file. `python {remedy}")
     try:
         for i, row in dataset_rows(source, shuffle, config, split):
             yield f"{source}:{i + 1}", row
@@ -783,6 +791,7 @@ def from_genai_bench(r, where):
 
 
 # MSRL Table 5: S1 to S6. The last three come as files; their videos lie beside them.
+# UNSPECIFIED: whether stages 2 and 3 share rows. Those of stage 3 follow those of stage 2.
 TABLE_5 = ("wangclnlp/vision-feedback-mix-binarized:{},"
            "data-is-better-together/open-image-preferences-v1-binarized:{},"
            "Rapidata/OpenAI-4o_t2i_human_preference:{},data/ShareGPTVideo/sft_dpo_17k.jsonl:{},"

@@ -94,10 +94,9 @@ class Config(bt_reward.Config):
                              "agree with every label that it has flipped itself")
 
 
-# 4.3 and the released script: a linear head, a frozen vision tower, one epoch at 1e-5 and 512.
-# --data is D_0, here what --construct wrote; the paper's own rows are not released.
-PAPER = bt_reward.PAPER | dict(data="runs/pairs/pairs.jsonl", batch_size=512, head_layers=1,
-                               freeze_vision=True, judge_tokens=2048)
+# 4.3, see bt_reward.py. --data is D_0, what --construct wrote. The paper curates RLAIF-V,
+# VLFeedback, POVID, WildVision-Battle and MM-RLHF in two --iterations. UNSPECIFIED: judge_tokens.
+PRESETS = {"dt2it": bt_reward.DT2IT | dict(data="runs/pairs/pairs.jsonl", judge_tokens=2048)}
 
 
 # ---------------------------------------------------------------------- debiased construction (3.1)
@@ -564,7 +563,7 @@ def train_once(cfg, device, out, rows):
 
 
 def main():
-    cfg = common.parse_config(Config, __doc__, PAPER)
+    cfg = common.parse_config(Config, __doc__, PRESETS)
     device = common.start_processes(cfg.batch_size)
     if cfg.construct:
         construct(cfg, device)

@@ -5,6 +5,7 @@ Stage 0: supervised fine-tuning on rationales (MSRL 4.1, A.2). Teaches the answe
     python stage0_sft.py                            # toy world
     python stage0_sft.py --preset paper             # InternVL3.5 on nvidia/HelpSteer3
     python stage0_sft.py --target label             # Eq. 2: the label alone, the paper's baseline
+    python stage0_sft.py --preset r1                # R1-Reward's cold start; its RL is in stage 3
 
 The loss is the mean negative log-likelihood of the answer's tokens, its end-of-sequence token
 included and the prompt's tokens not.
@@ -71,8 +72,9 @@ class Config:
         "none", "draws the curves of metrics.jsonl elsewhere, too, if it is installed")
 
 
-PAPER = dict(model="OpenGVLab/InternVL3_5-8B-HF", data="nvidia/HelpSteer3", heldout="", lr=1e-5,
-             batch_size=128, micro_batch=1, max_prompt_tokens=4096, max_new_tokens=1024,
+# MSRL A.2: 1e-5, 128, 3 epochs; 5.1: 40k rows of HelpSteer3
+PAPER = dict(**common.BACKBONES["internvl"], data="nvidia/HelpSteer3", heldout="", lr=1e-5,
+             batch_size=128, epochs=3, micro_batch=1, max_prompt_tokens=4096, max_new_tokens=1024,
              gradient_checkpointing=True, skip_bad_rows=True)
 # The generative baseline (A.2): one epoch over all labelled multimodal rows, those of stages 2 and
 # 3 together, with pixels and a vision tower that learns
@@ -83,6 +85,33 @@ PAPER_LABEL = dict(data=TABLE_5.format(13000, 5000, 5219, 6666, 5000, 4595), epo
 def paper(args):
     """What --preset paper takes, which depends on --target."""
     return PAPER | (PAPER_LABEL if args.target == "label" else {})
+
+
+# What both stages of R1-Reward share. UNSPECIFIED in the paper, from its train.sh, which is for RL:
+# pixels, both budgets of tokens, a vision tower that learns.
+R1_REWARD = dict(style="r1", heldout="", max_pixels=501_760, max_prompt_tokens=20_480,
+                 max_new_tokens=1024, freeze_vision=False, micro_batch=1,
+                 gradient_checkpointing=True, skip_bad_rows=True)
+# R1-Reward 5: "QwenVL-2.5-7B-Instruct", 1 epoch, 1e-5, 256.
+# DEVIATION: its 200k rows with GPT-4o's reasoning (4.3) are not released. `eval.py --attempts 3
+# --style r1 --out runs/r1/annotated.jsonl` makes such rows of yours, with --api by a served model.
+R1_SFT = R1_REWARD | dict(model="Qwen/Qwen2.5-VL-7B-Instruct", data="runs/r1/annotated.jsonl",
+                          epochs=1, lr=1e-5, batch_size=256)
+# R1-Reward 5, for stage 3: 1e-6, KL 0, 256 prompts a rollout and 128 an update, 5 epochs. 4.1: the
+# advantages of REINFORCE++, the 3-sigma filter. 4.3: its reward. train.sh: one answer a prompt,
+# temperature 1, pre-clip at 1e3, clip 0.2, means over answers.
+# The published rows are those that took GPT-4o two attempts or more, 17,261; so --min_attempts 2,
+# which is for rows of eval.py --attempts, has nothing left to do.
+# UNSPECIFIED: the schedule. Ours is constant, train.sh's a cosine down to a tenth.
+# DEVIATION: the referee is a text model. R1-Reward's is Qwen2.5-VL-7B-Instruct, and reads text.
+R1_RL = R1_REWARD | dict(model="runs/stage0_sft", data="yifanzhang114/R1-Reward-RL",
+                         lr=1e-6, beta=0.0, batch_size=256, mini_batch=128,
+                         max_steps=5 * 17_261 // 256, group_size=1, advantage="batch",
+                         sigma=3.0, reward="r1", referee="Qwen/Qwen2.5-7B-Instruct",
+                         temperature=1.0, pre_clip=1e3, clip_low=0.2, clip_high=0.2,
+                         normaliser="sequence", rollout_batch=16, save_every=50)
+
+PRESETS = {"paper": paper, "r1": R1_SFT}
 
 
 def answer_nll(model, ids, mask, positions, labels, media):
@@ -200,7 +229,7 @@ def warn_of_long_targets(rows, target, encoder, cfg):
 
 
 def main():
-    cfg = common.parse_config(Config, __doc__, paper)
+    cfg = common.parse_config(Config, __doc__, PRESETS)
     device = common.start_processes(cfg.batch_size)
     state = common.open_run(cfg.out, cfg)
     model, encoder = common.load(cfg.model, device, made_by=Config.model, style=cfg.style,

@@ -153,6 +153,7 @@ PAPER = dict(heldout="", micro_batch=1, rollout_batch=2, lr=1e-6, temperature=0.
              gradient_checkpointing=True, skip_bad_rows=True,
              data="wangclnlp/GRAM-RR-TrainingData:400000", batch_size=16, max_steps=25_000,
              max_prompt_tokens=4096, max_new_tokens=1024)
+PRESETS = {"paper": PAPER}
 
 
 # --- same in stages 1, 2, 3: the equations --------------------------------------------------------
@@ -324,7 +325,7 @@ def score_answers(texts, batch, functions):
 
 
 def main():
-    cfg = common.parse_config(Config, __doc__, PAPER)
+    cfg = common.parse_config(Config, __doc__, PRESETS)
     device = common.start_processes(cfg.batch_size)
     state = common.open_run(cfg.out, cfg)
 

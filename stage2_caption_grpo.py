@@ -165,6 +165,7 @@ PAPER = dict(heldout="", micro_batch=1, rollout_batch=2, lr=1e-6, temperature=0.
              replay="wangclnlp/GRAM-RR-TrainingData:4000", replay_candidates=4000,
              batch_size=24, max_steps=972,  # 20 + 4 prompts: of 16, no 5:1 can be made
              max_prompt_tokens=4096, max_new_tokens=1024)
+PRESETS = {"paper": PAPER}
 
 
 # --- same in stages 1, 2, 3: the equations --------------------------------------------------------
@@ -336,7 +337,7 @@ def score_answers(texts, batch, functions):
 
 
 def main():
-    cfg = common.parse_config(Config, __doc__, PAPER)
+    cfg = common.parse_config(Config, __doc__, PRESETS)
     device = common.start_processes(cfg.batch_size)
     state = common.open_run(cfg.out, cfg)
 

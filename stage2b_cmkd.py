@@ -89,6 +89,7 @@ PAPER = dict(data="runs/stage2_caption_grpo/captioned.jsonl", heldout="", lr=2e-
              batch_size=128, micro_batch=1, epochs=1,
              max_prompt_tokens=8192, max_new_tokens=1024, gradient_checkpointing=True,
              skip_bad_rows=True)
+PRESETS = {"paper": PAPER}
 
 
 def select(texts, confidences):
@@ -175,7 +176,7 @@ def target_text(row):
 
 
 def main():
-    cfg = common.parse_config(Config, __doc__, PAPER)
+    cfg = common.parse_config(Config, __doc__, PRESETS)
     device = common.start_processes(cfg.batch_size)
     state = common.open_run(cfg.out, cfg)
     if common.trained_style(cfg.model) == "r1":

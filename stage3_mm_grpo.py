@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 import common
 from common import knob, sum_over_ranks
 from data import TABLE_5, hard_rows, load_rows
+from stage0_sft import R1_RL
 
 HELDOUT = ",".join(f"toy/heldout_{task}.jsonl:100" for task in common.TASKS)
 STAGE = Path(__file__).stem
@@ -155,11 +156,11 @@ class Config:
 
 PAPER = dict(heldout="", micro_batch=1, rollout_batch=2, lr=1e-6, temperature=0.9, save_every=200,
              gradient_checkpointing=True, skip_bad_rows=True,
-             # UNSPECIFIED: whether stages 2 and 3 share rows. These follow those of stage 2.
              data=TABLE_5.format("8000@5000", "2500@2500", "2639@2580", "2343@4323",
                                  "2500@2500", "2056@2539"),
              batch_size=16, max_steps=1_252,
              max_prompt_tokens=8192, max_new_tokens=2048)  # two captions, and 2b's rationale
+PRESETS = {"paper": PAPER, "r1": R1_RL}
 
 
 # --- same in stages 1, 2, 3: the equations --------------------------------------------------------
@@ -331,7 +332,7 @@ def score_answers(texts, batch, functions):
 
 
 def main():
-    cfg = common.parse_config(Config, __doc__, PAPER)
+    cfg = common.parse_config(Config, __doc__, PRESETS)
     device = common.start_processes(cfg.batch_size)
     state = common.open_run(cfg.out, cfg)
 

@@ -477,14 +477,5 @@ def test_bt_reward_takes_none_of_these_flags(monkeypatch, capsys):
     for name in more:
         monkeypatch.setattr(sys, "argv", ["bt_reward.py", f"--{name}", "1"])
         with pytest.raises(SystemExit):
-            common.parse_config(bt.Config, bt.__doc__, bt.PAPER)
+            common.parse_config(bt.Config, bt.__doc__, bt.PRESETS)
         assert f"unknown: --{name} 1" in capsys.readouterr().err
-
-
-def test_the_preset_is_dt2its(monkeypatch):
-    # 4.3: one epoch at 1e-5 with 512 rows, a linear head. kills: MSRL's batch, BaseReward's head
-    monkeypatch.setattr(sys, "argv", ["dt2it.py", "--preset", "paper", "--curate", "rows.jsonl",
-                                      "--models", "a", "b"])
-    cfg = common.parse_config(dt2it.Config, dt2it.__doc__, dt2it.PAPER)
-    assert (cfg.epochs, cfg.lr, cfg.batch_size, cfg.head_layers) == (1, 1e-5, 512, 1)
-    assert (cfg.zero_coefficient, cfg.length_norm) == (0, False)  # "without any auxiliary losses"

@@ -440,7 +440,7 @@ def test_a_reward_model(runs, tmp_path):
 # ------------------------------------------------------------------------------------- without peft
 def parse(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["stage.py", *args])
-    return common.parse_config(stage1.Config, stage1.__doc__, stage1.PAPER)
+    return common.parse_config(stage1.Config, stage1.__doc__, stage1.PRESETS)
 
 
 def test_without_peft_one_line_says_how_to_get_it(monkeypatch):

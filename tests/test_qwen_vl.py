@@ -277,6 +277,22 @@ def test_a_limit_of_pixels_is_remembered(world, tmp_path):
     assert again.encode(*world.cases[2]).ids == encoder.encode(*world.cases[2]).ids
 
 
+def test_a_reward_model_remembers_its_limit_of_pixels(world, tmp_path):
+    # kills: --max_pixels that does not reach the images, a reward model that forgets it
+    rows = []
+    for i in range(2):
+        path = noise(tmp_path / f"{i}.png", (150, 200), i)
+        rows.append({"id": str(i), "task": "image_understanding", "prompt": "a", "media": [path],
+                     "responses": ["b", "c"], "label": "A"})
+    common.write_lines(tmp_path / "rows.jsonl", rows)
+    run_here(bt_reward.main, flags(
+        model=world.folder / "model", data=tmp_path / "rows.jsonl", heldout="", epochs=1,
+        batch_size=2, max_pixels=9 * TOKEN, max_prompt_tokens=4096, out=tmp_path / "run"))
+    _, encoder = bt_reward.load(tmp_path / "run")
+    grid = encoder.encode("<image> a", [rows[0]["media"][0]], False).grids[0]
+    assert 4 * MERGE ** 2 <= grid.prod() <= 9 * MERGE ** 2
+
+
 def test_a_medium_that_cannot_be_resized_is_a_bad_row(world, tmp_path):
     strip = noise(tmp_path / "strip.png", (900, 4), 0)
     with pytest.raises(common.BadRow, match="resized"):

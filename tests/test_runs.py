@@ -402,7 +402,7 @@ def test_unknown_flags_are_errors(monkeypatch, capsys, script, wrong):
     # dropped, allow_abbrev (--max_step for --max_steps)
     monkeypatch.setattr(sys, "argv", ["stage.py", *wrong])
     with pytest.raises(SystemExit) as stopped:
-        common.parse_config(script.Config, script.__doc__, script.PAPER)
+        common.parse_config(script.Config, script.__doc__, script.PRESETS)
     assert stopped.value.code == 2
     message = capsys.readouterr().err
     assert wrong[0].split("=")[0] in message or wrong[-1] in message
@@ -415,10 +415,10 @@ def test_unknown_flags_are_errors(monkeypatch, capsys, script, wrong):
 def test_mistyped_choices_are_errors(monkeypatch, capsys, script, flag, choice):
     # "--advantage Group" must not quietly train with batch advantages
     monkeypatch.setattr(sys, "argv", ["stage.py", f"--{flag}", choice])
-    assert getattr(common.parse_config(script.Config, "", script.PAPER), flag) == choice
+    assert getattr(common.parse_config(script.Config, "", script.PRESETS), flag) == choice
     monkeypatch.setattr(sys, "argv", ["stage.py", f"--{flag}", choice.title()])
     with pytest.raises(SystemExit):
-        common.parse_config(script.Config, "", script.PAPER)
+        common.parse_config(script.Config, "", script.PRESETS)
     assert choice in capsys.readouterr().err
 
 
@@ -430,7 +430,7 @@ def test_nothing_of_it_is_an_error(monkeypatch, capsys, script, flag):
     # kills: videos of no frames, which a model judges without seeing anything
     monkeypatch.setattr(sys, "argv", ["stage.py", f"--{flag}", "0"])
     with pytest.raises(SystemExit):
-        common.parse_config(script.Config, "", script.PAPER)
+        common.parse_config(script.Config, "", script.PRESETS)
     assert f"--{flag} must be at least 1" in capsys.readouterr().err
 
 
@@ -452,13 +452,13 @@ def test_help_shows_defaults_and_the_papers_values(monkeypatch, capsys, script):
     # kills: a formatter without defaults, a bare % in a help text, a knob without a reason
     monkeypatch.setattr(sys, "argv", ["stage.py", "--help"])
     with pytest.raises(SystemExit) as stopped:
-        common.parse_config(script.Config, script.__doc__, script.PAPER)
+        common.parse_config(script.Config, script.__doc__, script.PRESETS)
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0 and "%%" not in text
     for field in fields(script.Config):
         assert f"--{field.name} " in text and len(field.metadata["help"]) > 10
     assert f"(default: {script.Config().lr})" in text
-    rate = f"{script.PAPER['lr']:g}".replace("e-0", "e-")
+    rate = f"{getattr(script, 'PAPER', bt_reward.DT2IT)['lr']:g}".replace("e-0", "e-")
     assert re.search(rf"paper: {rate}\b", text)
 
 
@@ -466,7 +466,7 @@ def test_paper_preset(monkeypatch):
     # kills: preset applied after the flags, or not at all
     def parse(*args):
         monkeypatch.setattr(sys, "argv", ["stage.py", *args])
-        return common.parse_config(stage1.Config, "", stage1.PAPER)
+        return common.parse_config(stage1.Config, "", stage1.PRESETS)
     toy, paper = parse(), parse("--preset", "paper")
     assert toy == stage1.Config() and parse("--preset", "toy") == toy
     assert paper.lr == 1e-6 and paper.group_size == 8 and paper.batch_size * paper.group_size == 128
