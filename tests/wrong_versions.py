@@ -12,7 +12,7 @@ rejects is the one mistake, and that every version in the dict fails it.
     PACKINGS      pack           test_grpo.py        WIN_RATES     win_rates   test_eval.py
     SAMPLERS      sample_group   test_grpo.py        BT_LOSSES     bt_loss     test_bt.py
     SFT_MASKS     collate        test_grpo.py        KL_PENALTIES  grpo_loss   test_grpo.py
-    MINI_BATCHES  grpo_update    test_grpo.py
+    MINI_BATCHES  grpo_update    test_grpo.py        SFT_LOSSES    answer_nll  test_grpo.py
 """
 
 import math
@@ -501,6 +501,32 @@ SFT_MASKS = {
     "labels padded on the left": collator(pad=pad_left),
     "every token equal to the padding token is hidden": collator(
         hidden=lambda batch, pad_id: batch.labels.masked_fill(batch.ids == pad_id, -100)),
+}
+
+
+def nll_rule(ahead=1, total=torch.sum, counted=lambda labels: labels >= 0):
+    """answer_nll() with another part. A row of logits predicts the token `ahead` of it."""
+    def answer_nll(model, ids, mask, positions, labels, media):
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
+                       **media).logits
+        width = labels.shape[1]
+        first, last = max(0, -ahead), min(width, width - ahead)
+        logp = logits[:, first:last].log_softmax(-1)
+        target = labels[:, first + ahead:last + ahead]
+        nll = -logp.gather(-1, target.clamp(min=0)[..., None])[..., 0]
+        return total(nll[target >= 0]), counted(labels).sum().item()
+    return answer_nll
+
+
+answer_nll = nll_rule()
+
+SFT_LOSSES = {
+    "mean in place of the sum": nll_rule(total=torch.mean),
+    "a token's own logits in place of those before it": nll_rule(ahead=0),
+    "logits of the token after": nll_rule(ahead=-1),
+    "padding and prompt count in the normaliser": nll_rule(counted=torch.ones_like),
+    "rows in place of tokens in the normaliser": nll_rule(
+        counted=lambda labels: (labels >= 0).any(1)),
 }
 
 
