@@ -27,6 +27,7 @@ import random
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
+import sharding
 from common import knob
 from data import TABLE_5, load_rows
 from stage1_text_grpo import pack, sample_group
@@ -102,6 +104,10 @@ class Config:
                           "linear layers but the head, those of the vision tower unless it is "
                           "frozen. Needs peft, and about 10 times the --lr (UNSPECIFIED in MSRL)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
+    shard: Literal["auto", "yes", "no"] = knob(
+        "auto", "FSDP2: split weights, gradients, optimiser state and KL reference among the "
+        "processes of torchrun. 'auto': if a replica does not fit the card, at 16 bytes per "
+        "trained weight and 4 per weight of the reference")
 
     # looks and logs
     eval_batch: int = knob(128, "rows scored together")
@@ -168,7 +174,17 @@ def add_head(model, settings):
     head = reward_head(embeddings.shape[1], settings["head_layers"], settings["head_activation"])
     model.reward_head = head.to(embeddings.device)
     model.settings = settings
+    model.forward = partial(token_scores, model)
     return model
+
+
+def token_scores(model, last, **inputs):
+    """The forward of a reward model, as one call, because a sharded model is whole only in its own.
+    last [b, S]: True for the tokens to be read, among the last S of L -> scores [N] in fp32."""
+    with common.autocast(last.device):
+        hidden = model.model(use_cache=False, **inputs).last_hidden_state              # [b, L, H]
+    hidden = hidden[:, -last.shape[1]:][last]                                          # [N, H]
+    return model.reward_head(hidden.float())[:, 0]                               # r(y|x), [N]
 
 
 def settings_of(config):
@@ -192,13 +208,9 @@ def score_group(model, encoder, prompts, answers):
     device = next(model.parameters()).device
     ids, positions, sees, _, _, owner, media = pack(prompts, answers, encoder.pad_id, device)
     masks = common.layer_masks(model, sees, positions)
-    with common.autocast(device):
-        hidden = model.model(input_ids=ids, attention_mask=masks, position_ids=positions,
-                             use_cache=False, **media).last_hidden_state               # [b, L, H]
     following = F.pad(owner[:, 1:], (0, 1), value=-1)  # the next token's answer       [b, S]
     last = (owner > 0) & (owner != following)
-    hidden = hidden[:, -owner.shape[1]:][last]                                         # [N, H]
-    scores = model.reward_head(hidden.float())[:, 0]                             # r(y|x), [N]
+    scores = model(last=last, input_ids=ids, attention_mask=masks, position_ids=positions, **media)
     if model.settings["length_norm"]:
         # UNSPECIFIED: l in Algorithm 1; ours counts tokens, the end-of-sequence token included.
         # Scoring divides, too: what was trained is the quotient.
@@ -222,8 +234,10 @@ def score_batch(model, encoder, rows):
 def train(cfg, device, out, rows=None):
     """Train on `rows`, or on those of --data; the checkpoint goes to the folder `out`."""
     state = common.open_run(out, cfg)
-    model, encoder = common.load(cfg.model, device, made_by=Config.model, frames=cfg.frames,
-                                 max_tiles=cfg.max_tiles, max_pixels=cfg.max_pixels)
+    shards = sharding.wanted(cfg, device)
+    model, encoder = common.load(cfg.model, device, made_by=Config.model, shards=shards,
+                                 frames=cfg.frames, max_tiles=cfg.max_tiles,
+                                 max_pixels=cfg.max_pixels)
     settings = settings_of(asdict(cfg))
     if cfg.freeze_vision:
         common.freeze_vision(model)
@@ -231,6 +245,8 @@ def train(cfg, device, out, rows=None):
         common.add_adapter(model, cfg.lora_rank, cfg.seed)
     torch.manual_seed(cfg.seed)
     add_head(model, settings)  # behind the adapter: it is new, and trained as it is
+    if shards:
+        sharding.shard(model, cfg, device)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if rows is None:
@@ -265,13 +281,13 @@ def train(cfg, device, out, rows=None):
                 "skipped_steps": int(not math.isfinite(norm)),
                 "step_time": time.time() - began, "peak_memory_gb": common.peak_memory_gb()},
                 cfg.tracker)
-            if stop or (step + 1) % cfg.save_every == 0 or step + 1 == steps:
-                common.save_state(out, model, optimizer, step + 1, cfg, **kept)
+        if stop or (step + 1) % cfg.save_every == 0 or step + 1 == steps:
+            common.save_state(out, model, optimizer, step + 1, cfg, **kept)
         if stop:
             common.end_stopped(out, step + 1)
     after = evaluate(model, encoder, heldout, cfg, "after") if heldout else None
+    save(out, model, encoder, cfg, steps, {"before": kept.get("before"), "after": after})
     if common.rank() == 0:
-        save(out, model, encoder, cfg, steps, {"before": kept.get("before"), "after": after})
         print(f"wrote {out}/")
     common.gather_list([])  # no process goes on before all is written
 
@@ -341,10 +357,13 @@ def evaluate(model, encoder, rows, cfg, when):
 
 
 def save(out, model, encoder, cfg, step, heldout):
-    """Write the head to a file of its own, and the rest as an ordinary checkpoint."""
+    """Write the head to a file of its own, and the rest as an ordinary checkpoint. All processes
+    call it, the first one writes."""
     head = model.reward_head
-    with common.writing(Path(out, "reward_head.safetensors")):
-        save_file(head.state_dict(), Path(out, "reward_head.safetensors"))
+    weights = sharding.full_state(head)
+    if common.rank() == 0:
+        with common.writing(Path(out, "reward_head.safetensors")):
+            save_file(weights, Path(out, "reward_head.safetensors"))
     del model.reward_head
     common.save_checkpoint(out, model, encoder, stage=STAGE, parent=cfg.model, step=step,
                            config=asdict(cfg), heldout=heldout)
@@ -519,18 +538,19 @@ def score_all(model, encoder, rows, batch_size=64, desc="scoring"):
     order = sorted(range(len(rows)), key=lambda i: rows[i].get("tokens", 0))  # less padding
     starts = range(0, len(rows), batch_size)[common.rank()::common.world()]
     found = []  # (place of a row, scores)
-    for start in tqdm(starts, desc=desc, leave=False, disable=common.rank() > 0, mininterval=1):
-        places = order[start:start + batch_size]
-        batch = [rows[i] for i in places]
-        try:
-            scores = score_batch(model, encoder, batch).tolist()
-        except common.BadRow as e:
-            ids = ", ".join(str(row.get("id")) for row in batch)
-            raise SystemExit(f"scoring {ids}: one {e}.") from None
-        for i, row in zip(places, batch, strict=True):
-            n = len(row["responses"] or row["media"])
-            found.append((i, scores[:n]))
-            scores = scores[n:]
+    with sharding.whole(model):  # processes have different numbers of batches
+        for start in tqdm(starts, desc=desc, leave=False, disable=common.rank() > 0, mininterval=1):
+            places = order[start:start + batch_size]
+            batch = [rows[i] for i in places]
+            try:
+                scores = score_batch(model, encoder, batch).tolist()
+            except common.BadRow as e:
+                ids = ", ".join(str(row.get("id")) for row in batch)
+                raise SystemExit(f"scoring {ids}: one {e}.") from None
+            for i, row in zip(places, batch, strict=True):
+                n = len(row["responses"] or row["media"])
+                found.append((i, scores[:n]))
+                scores = scores[n:]
     return [scores for _, scores in sorted(common.gather_list(found))]
 
 

@@ -39,6 +39,7 @@ from accelerate import PartialState, tracking
 from accelerate.utils import gather_object
 from PIL import Image
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
@@ -46,6 +47,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
+
+import sharding
 
 transformers.utils.logging.disable_progress_bar()  # its bars are about files; ours are about work
 
@@ -792,7 +795,9 @@ def open_video(path, frames):
 
 
 def spread(n, frames, path):
-    """Indices of min(n, frames) of n frames, each in the middle of its share of the video."""
+    """Indices of min(n, frames) of n frames, each in the middle of its share of the video.
+    UNSPECIFIED: how the middle is rounded. transformers' video processor for InternVL rounds down,
+    its model card rounds twice: a frame or two beside ours."""
     if n == 0:
         raise BadRow(f"video {path} has no frames; replace the file")
     k = min(frames, n)
@@ -824,7 +829,9 @@ class Encoder:
         self.kind = config.model_type
         self.frames, self.max_tiles, self.style = frames or 8, max_tiles or 12, style
         self.image_token_id = getattr(config, "image_token_id", None)
-        self.special_tokens = tuple(self.tokenizer.all_special_tokens)
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = [token.content for token in added if token.special]  # 5.17 lists few of them
+        self.special_tokens = tuple(dict.fromkeys(self.tokenizer.all_special_tokens + special))
         self.forbidden = tuple(dict.fromkeys(FORBIDDEN + self.special_tokens))  # in users' texts
         self.image_processor = None
         if self.image_token_id is not None:
@@ -846,7 +853,7 @@ class Encoder:
             self.pad_id = self.eos_ids[0]
 
     def _declared_eos_ids(self, folder, config):
-        """Every declared end-of-sequence id ends an answer (InternVL declares two)."""
+        """Every declared end-of-sequence id ends an answer (InternVL3.5 declares one, Qwen two)."""
         declared = transformers.GenerationConfig.from_model_config(config).eos_token_id
         try:  # a folder's or a hub id's generation_config.json
             generation = transformers.GenerationConfig.from_pretrained(folder)
@@ -1070,35 +1077,51 @@ def auto_class(folder):
                      "of transformers (llama, qwen3, gemma3_text, ...).")
 
 
-def load(folder, device="cpu", made_by="", **encoder_args):
+def load(folder, device="cpu", made_by="", shards=False, **encoder_args):
     """-> model (fp32 weights, eval mode) and its Encoder. Takes one of VISION_MODELS or a text-only
     causal LM (stages 0 and 1), as a folder of plain save_pretrained or a hub id. `made_by`: the
     default folder, whose name is that of the script that makes it, for the message if there is no
-    checkpoint.
+    checkpoint. `shards`: for sharding.shard(), on the CPU in the first process and without weights
+    (device "meta") in the others.
 
     Only safetensors are read: a pytorch_model.bin is a pickle, which can run anything.
     fp32 on purpose: a learning rate of 1e-6 on bf16 weights rounds away (the default dtype of
     transformers 5 is the file's, usually bf16). On a GPU, autocast computes in bf16.
     """
     maker = check_checkpoint(folder, made_by)
+    if shards:
+        device = "cpu" if rank() == 0 else "meta"
     try:
         auto = auto_class(folder)
         config = AutoConfig.from_pretrained(folder, **NO_CODE)
         encoder = Encoder(folder, config, **encoder_args)
-        model, found = auto.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
-                                            attn_implementation="sdpa", output_loading_info=True,
-                                            **NO_CODE)
+        model, found = auto.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa",
+            output_loading_info=True, device_map="meta" if str(device) == "meta" else None,
+            **NO_CODE)
         if found["missing_keys"]:  # transformers would fill them with random numbers, and go on
             raise ValueError(f"{len(found['missing_keys'])} weights are missing, the first is "
                              f"{sorted(found['missing_keys'])[0]}")
         if len(encoder.answer_ids("A")) < 2:
             raise ValueError("the tokenizer is empty")
+        declare_tied(model)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         reason = (str(e).strip() or "?").splitlines()[0]
         raise SystemExit(f"{folder}: cannot be loaded as a checkpoint ({type(e).__name__}: "
                          f"{reason}). It must hold model, tokenizer and, for a vision model, "
                          f"image processor, as save_pretrained writes them{maker}.") from e
     return model.to(device).eval(), encoder
+
+
+def declare_tied(model):
+    """Make the config say whether head and embeddings are one weight, so that a checkpoint does.
+
+    That of InternVL3.5 has two, but its config.json only says so for the language model. As a
+    whole, transformers 5 takes it for tied: it reads both weights and keeps them apart, but would
+    write "tied", and vLLM, which believes that, would throw the head away."""
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = tied
 
 
 def decoding_cache():
@@ -1166,6 +1189,8 @@ def reference(model):
     without it."""
     if adapted_layers(model):
         return AdapterOff(model)
+    if sharding.is_sharded(model):
+        return sharding.twin(load(model.name_or_path, "meta")[0], model)
     return copy.deepcopy(model).requires_grad_(False)
 
 
@@ -1231,12 +1256,19 @@ def autocast(device):
 
 
 def save_checkpoint(folder, model, encoder, **info):
-    """Write the checkpoint; stage.json last, so a folder that has one is complete."""
+    """Write the checkpoint; stage.json last, so a folder that has one is complete. All processes
+    call it, the first one writes."""
     folder = Path(folder)
     part = folder / "checkpoint.tmp"
-    shutil.rmtree(part, ignore_errors=True)
-    with writing(part), adapter_merged(model):
-        model.save_pretrained(part)
+    with adapter_merged(model):
+        weights = sharding.full_state(model)
+        if rank() > 0:
+            return
+        shutil.rmtree(part, ignore_errors=True)
+        # transformers copies a file's weights to write it: not all of them at once
+        size = "5GB" if sharding.is_sharded(model) else "50GB"
+        with writing(part):
+            model.save_pretrained(part, state_dict=weights, max_shard_size=size)
     with writing(part):
         encoder.tokenizer.save_pretrained(part)
         if encoder.image_processor is not None:
@@ -1247,6 +1279,8 @@ def save_checkpoint(folder, model, encoder, **info):
         about = json.dumps({**info, "versions": versions}, indent=2)
         (part / "stage.json").write_text(about + "\n")
     (folder / "stage.json").unlink(missing_ok=True)
+    for old in folder.glob("model*.safetensors*"):  # of another number of files, they would mix
+        old.unlink()
     for path in sorted(part.iterdir(), key=lambda path: path.name == "stage.json"):
         os.replace(path, folder / path.name)
     part.rmdir()
@@ -1287,29 +1321,38 @@ def judge(model, encoder, rows, sample, form="pixels", votes=1, temperature=1.0,
     jobs.sort(key=lambda job: rows[job[0]]["tokens"])  # alike lengths together: less padding
     batches = [jobs[k:k + batch_size] for k in range(0, len(jobs), batch_size)]
     predictions = []
-    for k in tqdm(range(rank(), len(batches), world()), desc=desc, leave=False, mininterval=1,
-                  disable=desc is None or rank() > 0):
-        prompts = []
-        for at, order in batches[k]:
-            row = rows[at] if order == "AB" else swap(rows[at])
-            prompts.append(encoder(row, form))
-        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + first_batch + k)
-        rollout = sample(model, encoder, prompts, votes, temperature if votes > 1 else 0.0,
-                         max_new_tokens, generator)
-        for b, (at, order) in enumerate(batches[k]):
-            for n, ids in enumerate(rollout.ids[b]):
-                text = encoder.decode(ids)
-                side = parse(text, encoder.style).verdict  # as shown
-                pred = OTHER[side] if side and order == "BA" else side
-                prediction = {"id": rows[at]["id"], "at": at, "order": order, "sample": n,
-                              "pred": pred, "text": text}
-                if scores and pred:
-                    p = verdict_probability(text, ids, rollout.logp[b][n], encoder)
-                    prediction["score_a"], prediction["score_b"] = p, 1 - p
-                    if pred == "B":
-                        prediction["score_a"], prediction["score_b"] = 1 - p, p
-                predictions.append(prediction)
+    with sharding.whole(model):  # processes have different numbers of batches
+        for k in tqdm(range(rank(), len(batches), world()), desc=desc, leave=False, mininterval=1,
+                      disable=desc is None or rank() > 0):
+            prompts = []
+            for at, order in batches[k]:
+                row = rows[at] if order == "AB" else swap(rows[at])
+                prompts.append(encoder(row, form))
+            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + first_batch + k)
+            rollout = sample(model, encoder, prompts, votes, temperature if votes > 1 else 0.0,
+                             max_new_tokens, generator)
+            predictions += verdicts(rows, batches[k], rollout, encoder, scores)
     return sorted(gather_list(predictions), key=lambda p: (p["at"], p["order"], p["sample"]))
+
+
+def verdicts(rows, jobs, rollout, encoder, scores) -> list[Prediction]:
+    """The answers of a rollout -> predictions. `jobs`: for each prompt the place of its row and the
+    order it was shown in."""
+    predictions = []
+    for b, (at, order) in enumerate(jobs):
+        for n, ids in enumerate(rollout.ids[b]):
+            text = encoder.decode(ids)
+            side = parse(text, encoder.style).verdict  # as shown
+            pred = OTHER[side] if side and order == "BA" else side
+            prediction = {"id": rows[at]["id"], "at": at, "order": order, "sample": n,
+                          "pred": pred, "text": text}
+            if scores and pred:
+                p = verdict_probability(text, ids, rollout.logp[b][n], encoder)
+                prediction["score_a"], prediction["score_b"] = p, 1 - p
+                if pred == "B":
+                    prediction["score_a"], prediction["score_b"] = 1 - p, p
+            predictions.append(prediction)
+    return predictions
 
 
 def verdict_probability(text, ids, logps, encoder):
@@ -1447,7 +1490,9 @@ def parse_config(cls, description, presets=None):
                                            formatter_class=_Help)
     if presets:
         parser.set_defaults(**_preset_defaults(parser, presets))
-    cfg, *_, unknown = parser.parse_args_into_dataclasses(
+        parser.add_argument("--dry_run", action="store_true",
+                            help="tell settings, what is missing, steps and memory, and end")
+    cfg, *more, unknown = parser.parse_args_into_dataclasses(
         return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)} (see --help)")
@@ -1469,6 +1514,10 @@ def parse_config(cls, description, presets=None):
             cfg.check()
         except ValueError as e:
             parser.error(str(e))
+    if presets and more[0].dry_run:
+        import dry_run  # here, because it imports this file
+        dry_run.report(cfg, presets, more[0].preset)
+        raise SystemExit(0)
     return cfg
 
 
@@ -1544,7 +1593,7 @@ def sum_over_ranks(*values):
 def sum_gradients(parameters):
     """Sum gradients over processes. A parameter this rank did not use counts as zero, so ranks with
     different kinds of rows cannot hang on one another."""
-    if world() == 1:
+    if world() == 1 or isinstance(parameters[0], DTensor):  # FSDP2 has summed in the backward
         return
     for parameter in parameters:
         if parameter.grad is None:
@@ -1560,7 +1609,10 @@ def trainable(model):
 
 def make_optimizer(model, lr):
     """UNSPECIFIED: weight decay and schedule. Ours are none and, in RL, a constant rate."""
-    return torch.optim.AdamW(trainable(model), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    parameters = trainable(model)
+    # on a GPU in one kernel: else it makes 4 more bytes a parameter while it steps
+    fused = True if parameters and parameters[0].is_cuda else None
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
 
 
 MAX_SKIPPED = 3  # optimiser steps in a row
@@ -1572,7 +1624,7 @@ def optimizer_step(optimizer, parameters, max_grad_norm):
     MAX_SKIPPED of them in a row the run stops. The norm is the same number on every process, so
     all do the same."""
     sum_gradients(parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+    norm = sharding.full(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)).item()
     if math.isfinite(norm):
         optimizer.skipped = 0
         optimizer.step()
@@ -1665,7 +1717,8 @@ def _permutation(n, seed, epoch):
 # The run folder. Whenever a run is killed, the same command goes on from what is there.
 
 MAY_CHANGE = ("out", "lr", "max_steps", "save_every", "eval_every", "eval_rows", "eval_batch",
-              "micro_batch", "log_rollouts_every", "skip_bad_rows", "media_root", "tracker")
+              "micro_batch", "log_rollouts_every", "skip_bad_rows", "media_root", "tracker",
+              "shard")
 STATE = ("step", "model", "optimizer", "config", "file")  # in every state that open_run() returns
 
 
@@ -1686,7 +1739,7 @@ def open_run(folder, config):
         _drop_log_after(folder, 0)  # killed before its first save: its log begins anew as well
         return None
     try:
-        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        state = torch.load(state_file, map_location="cpu", weights_only=True, mmap=world() > 1)
         missing = [name for name in STATE[:-1] if name not in state]
     except Exception as e:  # torch raises a dozen kinds for corrupt files
         raise SystemExit(f"{state_file}: is no saved state ({type(e).__name__}); delete it."
@@ -1742,14 +1795,21 @@ def _tracker(name, folder):
 
 def save_state(folder, model, optimizer, step, config, **kept):
     """Write to a side file, flush it to disk, then rename: whenever we are killed, state.pt is a
-    whole state, the new one or the one before. `kept`: what else resume() is to give back."""
+    whole state, the new one or the one before. `kept`: what else resume() is to give back. All
+    processes call it, the first one writes."""
     part = Path(folder, "state.pt.tmp")
-    with writing(part), open(part, "wb") as f:
-        torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "config": asdict(config), **kept}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, Path(folder, "state.pt"))
+    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+             "config": asdict(config), **kept}
+    with writing(part):
+        if sharding.is_sharded(model):
+            sharding.write(state, part)
+        elif rank() == 0:
+            with open(part, "wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+    if rank() == 0:
+        os.replace(part, Path(folder, "state.pt"))
 
 
 def resume(state, model, optimizer):
@@ -1757,6 +1817,8 @@ def resume(state, model, optimizer):
     if state is None:
         return 0, {}
     try:
+        if sharding.is_sharded(model):
+            state = sharding.cut(state, model, optimizer)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in optimizer.state.items():

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import sharding
 from common import knob
 from data import TABLE_5, load_rows
 
@@ -66,6 +67,10 @@ class Config:
                           "linear layers but the head, those of the vision tower unless it is "
                           "frozen. Needs peft, and about 10 times the --lr (UNSPECIFIED in MSRL)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
+    shard: Literal["auto", "yes", "no"] = knob(
+        "auto", "FSDP2: split weights, gradients, optimiser state and KL reference among the "
+        "processes of torchrun. 'auto': if a replica does not fit the card, at 16 bytes per "
+        "trained weight and 4 per weight of the reference")
 
     # evaluation on held-out rows, and saved states
     max_new_tokens: int = knob(112, "of the held-out answers; targets with more are counted")
@@ -209,18 +214,18 @@ def finetune(model, encoder, rows, target, heldout, state, cfg, stage, may_swap,
                 "skipped_steps": int(not math.isfinite(norm)), "num_tokens": tokens,
                 "step_time": time.time() - began, "peak_memory_gb": common.peak_memory_gb()},
                 cfg.tracker)
-            if stop or (step + 1) % cfg.save_every == 0 or step + 1 == steps:
-                common.save_state(cfg.out, model, optimizer, step + 1, cfg, **kept)
+        if stop or (step + 1) % cfg.save_every == 0 or step + 1 == steps:
+            common.save_state(cfg.out, model, optimizer, step + 1, cfg, **kept)
         if stop:
             common.end_stopped(cfg.out, step + 1)
 
     after = None
     if heldout:
         after = common.evaluate(model, encoder, heldout, cfg, "after", cfg.form, sample)
+    common.save_checkpoint(cfg.out, model, encoder, stage=stage, parent=cfg.model, step=steps,
+                           config=asdict(cfg),
+                           heldout={"before": kept.get("before"), "after": after})
     if common.rank() == 0:
-        common.save_checkpoint(cfg.out, model, encoder, stage=stage, parent=cfg.model, step=steps,
-                               config=asdict(cfg),
-                               heldout={"before": kept.get("before"), "after": after})
         print(f"wrote {cfg.out}/")
 
 
@@ -239,9 +244,12 @@ def main():
     cfg = common.parse_config(Config, __doc__, PRESETS)
     device = common.start_processes(cfg.batch_size)
     state = common.open_run(cfg.out, cfg)
-    model, encoder = common.load(cfg.model, device, made_by=Config.model, style=cfg.style,
-                                 frames=cfg.frames, max_tiles=cfg.max_tiles,
+    shards = sharding.wanted(cfg, device)
+    model, encoder = common.load(cfg.model, device, made_by=Config.model, shards=shards,
+                                 style=cfg.style, frames=cfg.frames, max_tiles=cfg.max_tiles,
                                  max_pixels=cfg.max_pixels)
+    if shards:
+        sharding.shard(model, cfg, device)
 
     limits = cfg.form, cfg.max_prompt_tokens, cfg.skip_bad_rows, cfg.media_root
     rows = load_rows(cfg.data, encoder, *limits, cfg.exclude)
@@ -303,6 +311,7 @@ def generate_greedily(model, encoder, prompts, group_size=1, temperature=0.0, ma
         out = model.generate(input_ids=ids, attention_mask=mask, position_ids=positions,
                              max_new_tokens=max_new_tokens, do_sample=False,
                              eos_token_id=encoder.eos_ids, pad_token_id=encoder.pad_id,
+                             synced_gpus=False,  # a sharded model is whole in here
                              **media, **more)
     answers = []
     for answer in out[:, ids.shape[1]:].tolist():

@@ -30,6 +30,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import common
+import sharding
 from common import knob, sum_over_ranks
 from data import TABLE_5, captioned, hard_rows, load_rows
 
@@ -132,6 +133,10 @@ class Config:
                           "linear layers but the head, those of the vision tower unless it is "
                           "frozen. Needs peft, and about 10 times the --lr (UNSPECIFIED in MSRL)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
+    shard: Literal["auto", "yes", "no"] = knob(
+        "auto", "FSDP2: split weights, gradients, optimiser state and KL reference among the "
+        "processes of torchrun. 'auto': if a replica does not fit the card, at 16 bytes per "
+        "trained weight and 4 per weight of the reference")
 
     # evaluation on held-out rows, and logs
     eval_every: int = knob(20, "steps between looks at the held-out rows; 0 = only at the end")
@@ -346,13 +351,16 @@ def main():
     state = common.open_run(cfg.out, cfg)
 
     # ------------------------------------------------------------------------------ model and data
+    shards = sharding.wanted(cfg, device)
     data = captioned(cfg, sample_group, device) if cfg.captioner else cfg.data
-    model, encoder = common.load(cfg.model, device, made_by=Config.model,
+    model, encoder = common.load(cfg.model, device, made_by=Config.model, shards=shards,
                                  style=cfg.style)
     if cfg.freeze_vision:
         common.freeze_vision(model)
     if cfg.lora_rank:
         common.add_adapter(model, cfg.lora_rank, cfg.seed)
+    if shards:
+        sharding.shard(model, cfg, device)
     ref = common.reference(model) if cfg.beta > 0 else None
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -424,18 +432,19 @@ def main():
         stop = bar.stop_asked()  # SIGTERM
         if common.rank() == 0:
             common.log_step(cfg.out, {"step": done, **metrics}, cfg.tracker)
-            if cfg.log_rollouts_every and step % cfg.log_rollouts_every == 0:
-                b = (advantage != 0).any(1).int().argmax().item()  # first with a signal, else 0
+        if cfg.log_rollouts_every and step % cfg.log_rollouts_every == 0:
+            b = (advantage != 0).any(1).int().argmax().item()  # first with a signal, else 0
+            tokens = logged_tokens(model, encoder, prompts[b], rollout.ids[b], rollout.logp[b], cfg)
+            if common.rank() == 0:  # and not before: a sharded model is run by all processes
                 common.append(Path(cfg.out, "rollouts.jsonl"), {
                     "step": done, "id": batch[b]["id"], "label": batch[b]["label"],
                     "media": batch[b]["media"], "answers": texts[b],
                     "prompt": common.render(batch[b], FORM, cfg.style),
                     "rewards": {name: values[b].tolist() for name, values in scores.items()},
                     "reward": rewards[b].tolist(), "advantages": advantage[b].tolist(),
-                    "kept": keep[b].tolist(), **logged_tokens(
-                        model, encoder, prompts[b], rollout.ids[b], rollout.logp[b], cfg)})
-            if stop or done % cfg.save_every == 0 or done == cfg.max_steps:
-                common.save_state(cfg.out, model, optimizer, done, cfg, **saved)
+                    "kept": keep[b].tolist(), **tokens})
+        if stop or done % cfg.save_every == 0 or done == cfg.max_steps:
+            common.save_state(cfg.out, model, optimizer, done, cfg, **saved)
         if stop:
             common.end_stopped(cfg.out, done)
         bar.set_postfix(reward=f"{metrics['reward']:.3g}", kl=f"{metrics.get('kl', 0):.3g}",
@@ -445,10 +454,10 @@ def main():
     after = None
     if heldout:
         after = common.evaluate(model, encoder, heldout, cfg, "after", FORM, sample_group)
+    common.save_checkpoint(cfg.out, model, encoder, stage=STAGE, parent=cfg.model,
+                           step=max(start, cfg.max_steps), config=asdict(cfg),
+                           heldout={"before": saved.get("before"), "after": after})
     if common.rank() == 0:
-        common.save_checkpoint(cfg.out, model, encoder, stage=STAGE, parent=cfg.model,
-                               step=max(start, cfg.max_steps), config=asdict(cfg),
-                               heldout={"before": saved.get("before"), "after": after})
         print(f"wrote {cfg.out}/")
     common.end_processes()
 
@@ -506,11 +515,12 @@ class Rollout:
 def roll_out(model, encoder, prompts, cfg, generator):
     """B prompts -> their Rollout, cfg.rollout_batch prompts at a time."""
     rollout = Rollout([], [])
-    for at in range(0, len(prompts), cfg.rollout_batch):
-        part = sample_group(model, encoder, prompts[at:at + cfg.rollout_batch], cfg.group_size,
-                            cfg.temperature, cfg.max_new_tokens, generator)
-        rollout.ids += part.ids
-        rollout.logp += part.logp
+    with sharding.whole(model):
+        for at in range(0, len(prompts), cfg.rollout_batch):
+            part = sample_group(model, encoder, prompts[at:at + cfg.rollout_batch], cfg.group_size,
+                                cfg.temperature, cfg.max_new_tokens, generator)
+            rollout.ids += part.ids
+            rollout.logp += part.logp
     return rollout
 
 

@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 
 import common
+import sharding
 from common import knob
 from data import load_rows
 from stage0_sft import finetune
@@ -79,6 +80,10 @@ class Config:
                           "linear layers but the head, those of the vision tower unless it is "
                           "frozen. Needs peft, and about 10 times the --lr (UNSPECIFIED in MSRL)")
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
+    shard: Literal["auto", "yes", "no"] = knob(
+        "auto", "FSDP2: split weights, gradients, optimiser state and KL reference among the "
+        "processes of torchrun. 'auto': if a replica does not fit the card, at 16 bytes per "
+        "trained weight and 4 per weight of the reference")
 
     # evaluation on held-out rows, and saved states
     eval_batch: int = knob(128, "judgements decoded together")
@@ -137,8 +142,9 @@ def distill(model, encoder, rows, cfg):
                                 "texts": [encoder.decode(answer) for answer in ids],
                                 "confidences": [sum(logp) / len(logp) for logp in logps]})
         return sorted(common.gather_list(samples), key=lambda s: s["row"])
-    return common.resumed(Path(cfg.out, "samples.jsonl"), made_by, rows, sample, cfg.rollout_batch,
-                          "sampling rationales")
+    with sharding.whole(model):
+        return common.resumed(Path(cfg.out, "samples.jsonl"), made_by, rows, sample,
+                              cfg.rollout_batch, "sampling rationales")
 
 
 def distilled(rows, samples):
@@ -184,9 +190,12 @@ def main():
     if common.trained_style(cfg.model) == "r1":
         raise SystemExit(f"{cfg.model} was trained with --style r1; a <caption> belongs to MSRL's "
                          "templates only.")
-    model, student = common.load(cfg.model, device, made_by=Config.model, frames=cfg.frames,
-                                 max_tiles=cfg.max_tiles, max_pixels=cfg.max_pixels,
-                                 style=cfg.style)
+    shards = sharding.wanted(cfg, device)
+    model, student = common.load(cfg.model, device, made_by=Config.model, shards=shards,
+                                 frames=cfg.frames, max_tiles=cfg.max_tiles,
+                                 max_pixels=cfg.max_pixels, style=cfg.style)
+    if shards:
+        sharding.shard(model, cfg, device)
     teacher = copy.copy(student)  # the same model is both; they may be asked in different words
     teacher.style = "msrl"
     # what can fail comes before hours of sampling: both prompts are measured, in their own words

@@ -97,6 +97,14 @@ def picture(colour, size=(40, 30)):
     return Image.new("RGB", size, colour)
 
 
+def noise(path, size, seed=0):
+    """An image file of random pixels, of (width, height)."""
+    levels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(levels).save(path)
+    return str(path)
+
+
 def write_video(path, n, size=(32, 32), format=None, codec="mpeg4", pixels="yuv420p", times=None):
     """n frames, the k-th of grey level 10 k; `times` in milliseconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,12 +149,12 @@ def run_there(args, check=True, **variables):
     return done
 
 
-def torchrun(args, check=True):
-    """python -m torch.distributed.run with 2 processes, gloo, on a free port."""
+def torchrun(args, check=True, processes=2):
+    """python -m torch.distributed.run with so many processes, gloo, on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return run_there(["-m", "torch.distributed.run", "--nproc_per_node=2",
+    return run_there(["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
                       "--master_addr=127.0.0.1", f"--master_port={port}", *args], check)
 
 

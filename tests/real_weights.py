@@ -15,9 +15,9 @@ pays. Its harmless prompts, where to refuse is wrong, are only judged: who learn
 Prompts go to train, validation and held-out by a hash; settings were chosen by the rewards in
 training. What is finished is not run again.
 
-Measured, seed 0: held-out accuracy 84.7 % after stage 0, 93.5 % after 15 steps of stage 1 (62 rows
-of 30 prompts; 13 prompts better, 2 worse). One seed takes about 45 minutes on one core and 8 GB,
-its part for --bt four more.
+Measured: held-out accuracy 84.7 % after stage 0, 94.4 % after 15 steps of stage 1 (seed 0, 62 rows
+of 30 prompts), 96.8 % before and after (seed 1). One seed with --bt takes about an hour on one core
+beside other work, and 10 GB.
 """
 
 import argparse

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 import toy_world
 import transformers
 from helpers import (
-    PROGRAMS, ROOT, flags, lines, rejects, run_here, small_world, torchrun, weights_of, write_video)
+    PROGRAMS, ROOT, flags, lines, noise, rejects, run_here, small_world, torchrun, weights_of,
+    write_video)
 from PIL import Image
 from tokenizers import AddedToken
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
@@ -92,14 +93,6 @@ def make_checkpoint(kind, folder):
                                       max_pixels=64 * TOKEN)
     images.save_pretrained(folder)
     return folder
-
-
-def noise(path, size, seed):
-    """An image file of random pixels, of (width, height)."""
-    levels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)
-    path.parent.mkdir(exist_ok=True)
-    Image.fromarray(levels).save(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -137,7 +137,7 @@ def test_a_command_that_does_not_parse_is_noticed():
 
 def test_every_flag_exists():
     scripts = {script for script, _ in commands(README) if "/" not in script} - {"report.py"}
-    known = {"preset", "backbone", "help"}
+    known = {"preset", "backbone", "dry_run", "help"}
     for script in scripts:
         config = importlib.import_module(script.removesuffix(".py")).Config
         known |= {field.name for field in fields(config)}
