@@ -1,5 +1,6 @@
 """
-The small numbers of the labs' pages, each over three seeds; about a minute. Those of whole trainings
+The small numbers of the labs' pages, each over three seeds; about a minute. Those of whole
+trainings
 stand in tests/RESULTS.md.
 
     python tests/labs/measure.py
