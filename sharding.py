@@ -172,8 +172,8 @@ def full_state(model):
 
 def write(state, path):
     """torch.save() for sharded tensors, called by all processes: the first one writes whole tensors
-    for an ordinary torch.load(). It lays out the file with room for all of them, and then gathers
-    and fills in one after another: nobody holds two. Raises OSError as torch.save() does."""
+    as an unsharded run would. It lays out the file with room for all of them, and then gathers and
+    fills in one after another: nobody holds two. Raises OSError as torch.save() does."""
     values = [v for v in tree_leaves(state) if isinstance(v, torch.Tensor)]
     if common.rank() > 0:
         for value in values:

@@ -191,18 +191,31 @@ def test_rows_with_a_cut_response_are_counted(tmp_path, reward_model, capsys):
     assert "cut" not in capsys.readouterr().err
 
 
-def test_length_balance():
-    # kills: longer by position instead of by label, nothing dropped, equals dropped
-    text = {1: ["long text", "x"], -1: ["x", "long text"], 0: ["same", "size"]}
+def check_balance(balanced):
+    text = {1: ["long-text", "x y"], -1: ["x y", "long-text"], 0: ["same", "s ze"]}
     sides = [1] * 7 + [-1] * 3 + [0] * 2
     rows = [{"id": i, "responses": text[s][:: 1 if i % 2 else -1], "label": "BA"[i % 2]}
             for i, s in enumerate(sides)]
     rows.append({"id": 12, "responses": None, "label": "A"})
-    kept = bt.balanced(rows, seed=0)
-    with pytest.raises(SystemExit, match="leaves no row"):
-        bt.balanced([r for r in rows if r["id"] < 7], seed=0)
+    kept = balanced(rows, seed=0)
     assert sorted(sides[r["id"]] for r in kept if r["id"] < 12) == [-1] * 3 + [0] * 2 + [1] * 3
     assert len({r["id"] for r in kept}) == 9 and 12 in {r["id"] for r in kept}
+
+
+def test_length_balance():
+    check_balance(bt.balanced)
+    rows = [{"id": i, "responses": ["long", "x"], "label": "A"} for i in range(7)]
+    with pytest.raises(SystemExit, match="leaves no row"):
+        bt.balanced(rows, seed=0)
+
+
+def test_the_frame_of_the_wrong_balances_is_right():
+    check_balance(wrong_versions.balanced)
+
+
+@pytest.mark.parametrize("name", wrong_versions.BALANCES)
+def test_wrong_balances_are_rejected(name):
+    rejects(check_balance, wrong_versions.BALANCES[name])
 
 
 # ------------------------------------------------------------------------------- rewards for others

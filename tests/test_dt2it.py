@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 import toy_world
 import torch
-from helpers import OTHER, flags, lines, run_here, small_world, write
+import wrong_versions
+from helpers import OTHER, flags, lines, rejects, run_here, small_world, write
 
 import bt_reward as bt
 import common
@@ -203,11 +204,26 @@ def test_construction_runs_with_checkpoints(world, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------- curation
-@pytest.mark.parametrize("strengths, want", [
-    ([3, -1, -5, -2, 0, -4], {2, 5}), ([-1, -3, -2], {1}), ([-1], set()), ([1, 2, 0], set())])
-def test_the_lower_half_of_the_negatives_is_flipped(strengths, want):
-    # kills: the upper half, half of all rows, rounding up
-    assert dt2it.to_flip(strengths) == want
+STRENGTHS = [([3, -1, -5, -2, 0, -4], {2, 5}), ([-1, -3, -2], {1}), ([-1], set()),
+             ([1, 2, 0], set())]  # and the places that are flipped
+
+
+def check_flips(to_flip):
+    for strengths, want in STRENGTHS:
+        assert to_flip(strengths) == want
+
+
+def test_the_lower_half_of_the_negatives_is_flipped():
+    check_flips(dt2it.to_flip)
+
+
+def test_the_frame_of_the_wrong_flips_is_right():
+    check_flips(wrong_versions.to_flip)
+
+
+@pytest.mark.parametrize("name", wrong_versions.FLIPS)
+def test_wrong_flips_are_rejected(name):
+    rejects(check_flips, wrong_versions.FLIPS[name])
 
 
 def fake_models(monkeypatch, scores, verdicts):

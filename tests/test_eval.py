@@ -659,6 +659,43 @@ def mcnemar_over_rows(first, second):
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2 ** n)
 
 
+def judged(points, weight=1.0):
+    """Scored rows, three to a question."""
+    return [{"weight": weight, "cluster": k // 3, "points": float(p)} for k, p in enumerate(points)]
+
+
+def check_comparison(compare):
+    """Eight questions of three rows each, by hand: the first judge has more points in five of them,
+    the second in one, and two are equal, one of them with other rows right."""
+    first = judged([1, 1, 1, 1, 1, 0, 1, 0, 1, 1, 1, 1, 0, 1, 0, 0, 0, 1, 1, 0, 0, 1, 1, 0])
+    second = judged([0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 0, 1, 0, 0, 1, 1, 1, 0])
+    totals = [2, 1, 2, 1, 1, -1, 0, 0]  # rows of a question: what the first has more
+    middle = sum(totals) / 24
+    deviations = [total - 3 * middle for total in totals]
+    half = 1.96 * math.sqrt(sum(x ** 2 for x in deviations) * 8 / 7) / 24
+    for one, other, sign in ((first, second, 1), (second, first, -1)):
+        got = compare(one, other)
+        assert got["difference"] == pytest.approx(sign * middle)
+        ends = sign * middle - half, sign * middle + half
+        assert got["interval"] == pytest.approx(ends)
+        assert (got["first_better"], got["second_better"]) == ((5, 1) if sign > 0 else (1, 5))
+        assert got["sign_test_p"] == pytest.approx(2 * (1 + 6) / 2 ** 6)
+        assert (got["n"], got["questions"]) == (24, 8)
+
+
+def test_comparison_by_hand():
+    check_comparison(ev.compare)
+
+
+def test_the_frame_of_the_wrong_comparisons_is_right():
+    check_comparison(wrong_versions.compare)
+
+
+@pytest.mark.parametrize("name", wrong_versions.COMPARISONS)
+def test_wrong_comparisons_are_rejected(name):
+    rejects(check_comparison, wrong_versions.COMPARISONS[name])
+
+
 def test_the_sign_test_weighs_rows_and_sees_equal_totals():
     """kills: rows counted without their weights; equal totals that rounding parts."""
     def judge(*points):

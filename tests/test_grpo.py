@@ -23,7 +23,6 @@ import common
 from data import load_rows
 import stage0_sft
 import stage1_text_grpo as stage1
-import stage2_caption_grpo as stage2
 
 B, G, T, V = 3, 5, 7, 11  # sizes that no mixed-up axis can fit by accident
 OFF = math.inf            # max_grad_norm that never clips
@@ -34,9 +33,13 @@ LENGTHS = [[4, 1, 6, 2, 3], [5, 2, 1, 7, 3], [2, 8, 3, 1, 4]]
 # ------------------------------------------------------------------------------- an untrained world
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
+    return untrained_world(tmp_path_factory.mktemp("world"))
+
+
+def untrained_world(folder):
     """Models, encoders and prompts. The weights are 20 times the usual size, so that distributions
     are far from uniform, and a wrong mask, position or image moves log-probs by tenths or more."""
-    folder = small_world(tmp_path_factory.mktemp("world"), sft=6, text_rl=6, caption_rl=4, mm_rl=4)
+    small_world(folder, sft=6, text_rl=6, caption_rl=4, mm_rl=4)
     tok = toy_world.make_tokenizer()
     torch.manual_seed(0)
     model, images = toy_world.make_model(tok, hidden=32, layers=2)
@@ -108,9 +111,9 @@ def advantages_by_loop(rewards, every_reward, kind, scale_std, sigma):
     return torch.tensor(adv, dtype=torch.float64), torch.tensor(keep)
 
 
-def advantage_cases():
+def advantage_cases(seed=1):
     """B = 3 of 6 groups of this process; one group of ours has no spread, one answer is far out."""
-    g = torch.Generator().manual_seed(1)
+    g = torch.Generator().manual_seed(seed)
     every = torch.randint(0, 3, (2 * B, G), generator=g).double() + 0.1
     every[1] = 1.1
     every[2, 3] = 9.0
@@ -140,7 +143,7 @@ def test_the_loop_rejects_wrong_advantages(name):
     rejects(check_advantages, wrong_versions.ADVANTAGES[name])
 
 
-def test_equal_rewards_give_exactly_zero():
+def check_equal_rewards(advantages):
     # The mean of G equal floats is often not that float; the rest over a std of 1e-17 is about 1.
     # kills: no test for spread, std + 1e-8 in its place
     value, naive = 0.1 + 0.2, []
@@ -149,22 +152,30 @@ def test_equal_rewards_give_exactly_zero():
         naive.append((rewards - rewards.mean(1, keepdim=True)).abs().max().item())
         for kind in ("group", "batch"):
             for scale in (True, False):
-                adv, keep = stage1.advantages(rewards, rewards, kind, scale, 3.0)
+                adv, keep = advantages(rewards, rewards, kind, scale, 3.0)
                 assert (adv == 0).all() and keep.all()
     assert max(naive) > 0, "the case does not bite: no mean was rounded"
 
 
-def test_the_filter_takes_the_outlier_of_r1_reward():
+def test_equal_rewards_give_exactly_zero():
+    check_equal_rewards(stage1.advantages)
+
+
+def check_outlier(advantages):
     # R1-Reward 4.1: of 256 answers one is wrong. z = -15.97, and that answer only is left out.
     rewards = torch.ones(32, 8, dtype=torch.float64)
     rewards[5, 3] = 0.0
-    adv, keep = stage1.advantages(rewards, rewards, "batch", True, 3.0)
+    adv, keep = advantages(rewards, rewards, "batch", True, 3.0)
     assert round(adv[5, 3].item(), 2) == -15.97
     assert (~keep).nonzero().tolist() == [[5, 3]]
     assert round(adv[0, 0].item(), 4) == 0.0626      # the others stay, and stay positive
-    assert stage1.advantages(rewards, rewards, "batch", True, 0.0)[1].all()
+    assert advantages(rewards, rewards, "batch", True, 0.0)[1].all()
     # the filter looks at z also when the advantage itself is not divided by the std
-    assert (~stage1.advantages(rewards, rewards, "batch", False, 3.0)[1]).sum() == 1
+    assert (~advantages(rewards, rewards, "batch", False, 3.0)[1]).sum() == 1
+
+
+def test_the_filter_takes_the_outlier_of_r1_reward():
+    check_outlier(stage1.advantages)
 
 
 def test_in_a_group_of_8_the_filter_cannot_act():
@@ -242,8 +253,8 @@ def loss_by_loop(logp, old, ref, advantage, weight, clip_low, clip_high, pre_cli
     return total, gradient, counts
 
 
-def loss_case(extreme=True):
-    g = torch.Generator().manual_seed(4)
+def loss_case(extreme=True, seed=4):
+    g = torch.Generator().manual_seed(seed)
     steps = [0.0, 0.05, -0.05, 0.15, -0.15, 0.24, -0.24, 0.3, -0.3, 1.0, -1.0, 5.0, -5.0]
     steps += [8.0, -8.0, 100.0, -100.0] if extreme else []
     old, far, weight, advantage = torch.rand(4, B, T, generator=g, dtype=torch.float64)
@@ -253,10 +264,10 @@ def loss_case(extreme=True):
     return logp, old, logp + 4 * far - 2, 2 * advantage - 1, weight
 
 
-def loss_cases():
+def loss_cases(seed=4):
     """Each step of the log-ratio once with a positive and once with a negative advantage."""
     for pre_clip in (1e3, 2.0, 0.0):
-        logp, old, ref, advantage, weight = loss_case(extreme=pre_clip > 0)
+        logp, old, ref, advantage, weight = loss_case(pre_clip > 0, seed)
         for clip_low, clip_high in ((0.2, 0.2), (0.1, 0.28)):
             for beta in (0.0, 0.04):
                 for sign in (1, -1):
@@ -292,16 +303,20 @@ def test_the_loop_rejects_wrong_losses(name):
     rejects(check_loss, wrong_versions.LOSSES[name])
 
 
-def test_logged_clip_shares_are_those_that_bind():
-    # kills: clip_ratio counted whatever the sign of the advantage
+def check_logged_shares(loss):
     for case in loss_cases():
-        stats = stage1.grpo_loss(*case)[1]
+        stats = loss(*case)[1]
         got = [stats[n].sum().item() for n in ("clip_ratio/low_mean", "clip_ratio/high_mean",
                                                "pre_clip_ratio")]
         assert got == loss_by_loop(*case)[2]
         if case[-1]:
             d = case[2] - case[0]
             assert torch.allclose(stats["kl"], d.exp() - d - 1)
+
+
+def test_logged_clip_shares_are_those_that_bind():
+    # kills: clip_ratio counted whatever the sign of the advantage
+    check_logged_shares(stage1.grpo_loss)
 
 
 def test_pre_clip_is_finite_with_zero_gradient_outside():
@@ -385,8 +400,8 @@ def expected_penalty(loss, kind, p_logits, q_logits, old_logits):
     return value.item(), torch.autograd.grad(value, x)[0]
 
 
-def three_policies():
-    g = torch.Generator().manual_seed(15)
+def three_policies(seed=15):
+    g = torch.Generator().manual_seed(seed)
     return torch.randn(3, V, generator=g, dtype=torch.float64)
 
 
@@ -546,10 +561,9 @@ def test_the_frame_of_the_wrong_packings_is_right(world, monkeypatch):
     assert max(errors[:2]) < 1e-4 and errors[2] < 5e-5
 
 
-def test_each_packing_of_the_docstring():
-    # kills: source counted from the start of the answers, positions of one answer running on
+def check_packing_of_the_docstring(pack):
     prompt = common.Prompt([7, 8, 9], None)
-    ids, positions, sees, source, target, owner, media = stage1.pack(
+    ids, positions, sees, source, target, owner, media = pack(
         [prompt, common.Prompt([5], None)], [[[1, 2], [3, 4, 5]], [[6], [1]]], 0, "cpu")
     assert ids.tolist() == [[7, 8, 9, 1, 2, 3, 4, 5], [0, 0, 5, 6, 1, 0, 0, 0]]
     assert positions[0].tolist() == [0, 1, 2, 3, 4, 3, 4, 5]
@@ -561,6 +575,11 @@ def test_each_packing_of_the_docstring():
     assert sees[1, 0, 4].tolist() == [False, False, True, False, True, False, False, False]
     assert sees.any(-1).all(), "a row that sees nothing is NaN in some attention kernels"
     assert not sees.triu(1).any() and not media
+
+
+def test_each_packing_of_the_docstring():
+    # kills: source counted from the start of the answers, positions of one answer running on
+    check_packing_of_the_docstring(stage1.pack)
 
 
 def test_scored_distribution(world):
@@ -1091,21 +1110,6 @@ def test_the_log_of_single_answers_tells_of_the_batch(world):
         assert (logged["reward_std"], logged["frac_reward_zero_std"]) == (std, share)
 
 
-@pytest.mark.parametrize("mini_batch", [0, 6, 12])
-def test_every_mini_batch_of_stage_2_replays_its_share(mini_batch):
-    # kills: captions first and texts last, so that the last mini-batches are all text
-    cfg = stage2.Config(batch_size=24, replay_ratio="5:1", mini_batch=mini_batch)
-    rows = [{"id": f"c{k}", "task": "text", "media": [], "prompt": "", "responses": ["x", "y"],
-             "captions": [], "label": "A"} for k in range(30)]
-    texts = [{**row, "id": "t" + row["id"]} for row in rows]
-    batch = [row["id"] for row in stage2.mixed_batch(rows, texts, 0, cfg)]
-    plain = stage2.Config(batch_size=24, replay_ratio="5:1")
-    assert sorted(batch) == sorted(row["id"] for row in stage2.mixed_batch(rows, texts, 0, plain))
-    size = mini_batch or 24
-    for first in range(0, 24, size):
-        assert sum(name[0] == "t" for name in batch[first:first + size]) == size // 6
-
-
 def test_a_single_step_computes_nothing_twice(world, rollout, monkeypatch):
     # kills: old log-probs computed up front in a default run, or where the sampler's are given
     calls, real = [], stage1.packed_logps
@@ -1179,16 +1183,20 @@ def test_gradient_norm_is_clipped_and_logged_before(world, rollout):
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])  # last: its norm alone overflows
-def test_a_broken_gradient_stops_the_run(world, rollout, poison):
-    # One NaN step ruins every weight for good. kills: the check taken away, or for NaN alone
+def test_a_broken_gradient_is_no_step(world, rollout, poison):
+    # One NaN step ruins every weight for good. It is left out and counted, and the third in a row
+    # stops the run. kills: the check taken away, or for NaN alone; a run that goes on for ever
     model = copy.deepcopy(world.model)
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     adv = rollout.adv.clone()
     adv[2, 1] = poison
-    with pytest.raises(SystemExit, match="gradient became"):
-        stage1.grpo_update(model, None, world.encoder, optimizer, rollout.prompts, rollout.answers,
-                           adv, rollout.all, settings(max_grad_norm=1.0))
+    inputs = (model, None, world.encoder, optimizer, rollout.prompts, rollout.answers, adv,
+              rollout.all, settings(max_grad_norm=1.0))
+    for _ in range(2):
+        assert stage1.grpo_update(*inputs)["skipped_steps"] == 1
+    with pytest.raises(SystemExit, match="3 times in a row"):
+        stage1.grpo_update(*inputs)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -1261,7 +1269,7 @@ def sft_by_loop(model, encoder, rows, cfg):
     return total, count
 
 
-def check_sft_loss(collate, world, target, pad_id=None):
+def check_sft_loss(collate, world, target, pad_id=None, answer_nll=stage0_sft.answer_nll):
     """The answer's tokens and its EOS, nothing of the prompt, nothing of the padding."""
     model, encoder = copy.deepcopy(world.model), world.encoder
     rows, cfg = sft_case(world, target)
@@ -1273,7 +1281,7 @@ def check_sft_loss(collate, world, target, pad_id=None):
         total, tokens = 0.0, 0
         for at in range(0, len(rows), size):
             parts = sft_batch(encoder, rows[at:at + size], cfg, collate, pad_id)
-            nll, n = stage0_sft.answer_nll(model, *parts)
+            nll, n = answer_nll(model, *parts)
             nll.backward()
             total, tokens = total + nll.item(), tokens + n
         assert tokens == count and total == pytest.approx(want.item(), rel=1e-5)
@@ -1304,6 +1312,20 @@ def test_the_frame_of_the_wrong_sft_masks_is_right(world):
 @pytest.mark.parametrize("name", wrong_versions.SFT_MASKS)
 def test_wrong_sft_masks_are_rejected(world, name):
     rejects(check_sft_masks, wrong_versions.SFT_MASKS[name], world)
+
+
+def check_sft_nll(answer_nll, world):
+    for target in ("rationale", "label"):
+        check_sft_loss(stage0_sft.collate, world, target, answer_nll=answer_nll)
+
+
+def test_the_frame_of_the_wrong_sft_losses_is_right(world):
+    check_sft_nll(wrong_versions.answer_nll, world)
+
+
+@pytest.mark.parametrize("name", wrong_versions.SFT_LOSSES)
+def test_wrong_sft_losses_are_rejected(world, name):
+    rejects(check_sft_nll, wrong_versions.SFT_LOSSES[name], world)
 
 
 def test_sft_targets(world):

@@ -340,38 +340,99 @@ def test_the_teacher_is_asked_in_msrl_and_the_student_in_caption(world, encoder,
 
 
 # ---------------------------------------------------------------------------------------- 2: replay
-@pytest.mark.parametrize("ratio, size, texts", [("5:1", 24, 4), ("1:0", 24, 0), ("1:1", 24, 12),
-                                                ("2:1", 24, 8), ("4:1", 30, 6), ("5:1", 18, 3)])
-def test_replay_is_the_same_share_of_every_batch(ratio, size, texts):
-    # kills: a mixture by chance, the ratio upside down, text first (ranks would not share it)
+SHARES = [("5:1", 24, 4), ("1:0", 24, 0), ("1:1", 24, 12), ("2:1", 24, 8), ("4:1", 30, 6),
+          ("5:1", 18, 3)]  # ratio, batch, texts in it
+
+
+def check_share(mixed_batch, ratio, size, texts):
     rows = [text_row(id=f"caption{i}") for i in range(31)]
     replay = [text_row(id=f"text{i}") for i in range(7)]
     cfg = stage2.Config(replay_ratio=ratio, batch_size=size)
     seen = set()
     for step in range(9):
-        ids = [r["id"] for r in stage2.mixed_batch(rows, replay, step, cfg)]
+        ids = [r["id"] for r in mixed_batch(rows, replay, step, cfg)]
         assert [x[:4] for x in ids] == ["capt"] * (size - texts) + ["text"] * texts
         seen |= set(ids)
     assert len(seen) == 31 + (7 if texts else 0)
 
 
-def test_replayed_texts_are_those_judged_right_in_both_orders(world, loaded, monkeypatch):
-    # kills: one order enough, unparsable counted as right, rows with wrong verdicts
-    cfg = stage2.Config(replay=str(world / "text_rl.jsonl"), replay_candidates=9)
+@pytest.mark.parametrize("ratio, size, texts", SHARES)
+def test_replay_is_the_same_share_of_every_batch(ratio, size, texts):
+    # kills: text first (ranks would not share it)
+    check_share(stage2.mixed_batch, ratio, size, texts)
+
+
+def check_mini_batches(mixed_batch, mini_batch):
+    cfg = stage2.Config(batch_size=24, replay_ratio="5:1", mini_batch=mini_batch)
+    rows = [text_row(id=f"c{k}") for k in range(30)]
+    texts = [text_row(id=f"t{k}") for k in range(30)]
+    batch = [row["id"] for row in mixed_batch(rows, texts, 0, cfg)]
+    plain = stage2.Config(batch_size=24, replay_ratio="5:1")
+    assert sorted(batch) == sorted(row["id"] for row in mixed_batch(rows, texts, 0, plain))
+    size = mini_batch or 24
+    for first in range(0, 24, size):
+        assert sum(name[0] == "t" for name in batch[first:first + size]) == size // 6
+
+
+@pytest.mark.parametrize("mini_batch", [0, 6, 12])
+def test_every_mini_batch_of_stage_2_replays_its_share(mini_batch):
+    # kills: captions first and texts last, so that the last mini-batches are all text
+    check_mini_batches(stage2.mixed_batch, mini_batch)
+
+
+def check_replay(mixed_batch):
+    for case in SHARES:
+        check_share(mixed_batch, *case)
+    for mini_batch in (0, 6, 12):
+        check_mini_batches(mixed_batch, mini_batch)
+
+
+def test_the_frame_of_the_wrong_replays_is_right():
+    check_replay(wrong_versions.mixed_batch)
+
+
+@pytest.mark.parametrize("name", wrong_versions.REPLAYS)
+def test_wrong_replays_are_rejected(name):
+    rejects(check_replay, wrong_versions.REPLAYS[name])
+
+
+def verdicts_of(rows, verdicts):
+    """What a judge says to these rows: (AB, BA) each, "right", "wrong" or None."""
+    preds = []
+    for i, row in enumerate(rows):
+        named = {"right": row["label"], "wrong": OTHER[row["label"]], None: None}
+        preds += [{"at": i, "pred": named[verdict]} for verdict in verdicts[i % len(verdicts)]]
+    return preds
+
+
+def check_replayed(choose_replay):
+    """Rows that are judged right in both orders. kills: one order enough, unparsable counted as
+    right, rows with wrong verdicts"""
+    cfg = stage2.Config(replay="texts.jsonl", replay_candidates=9)
+    texts = [text_row(id=str(i), label="ABB"[i % 3]) for i in range(12)]
     verdicts = [("right", "right"), ("right", "wrong"), ("wrong", "wrong"), ("right", None)]
 
     def judge(model, encoder, rows, *args, **kwargs):
         assert len(rows) == 9
-        preds = []
-        for i, row in enumerate(rows):
-            named = {"right": row["label"], "wrong": OTHER[row["label"]], None: None}
-            preds += [{"at": i, "pred": named[verdict]} for verdict in verdicts[i % 4]]
-        return preds
-    monkeypatch.setattr(common, "judge", judge)
-    texts = load_rows(cfg.replay, loaded[1], quiet=True)
+        return verdicts_of(rows, verdicts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "judge", judge)
+        chosen = choose_replay(None, None, texts, cfg)
     rows = common.batch_of(texts, 0, 9, cfg.seed)
-    chosen = stage2.choose_replay(*loaded, texts, cfg)
     assert [r["id"] for r in chosen] == [rows[i]["id"] for i in (0, 4, 8)]
+
+
+def test_replayed_texts_are_those_judged_right_in_both_orders():
+    check_replayed(stage2.choose_replay)
+
+
+def test_the_frame_of_the_wrong_choices_is_right():
+    check_replayed(wrong_versions.choose_replay)
+
+
+@pytest.mark.parametrize("name", wrong_versions.REPLAYED)
+def test_wrong_choices_are_rejected(name):
+    rejects(check_replayed, wrong_versions.REPLAYED[name])
 
 
 def test_captions_come_from_a_checkpoint(world, loaded, tmp_path, monkeypatch):

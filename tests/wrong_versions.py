@@ -12,10 +12,14 @@ rejects is the one mistake, and that every version in the dict fails it.
     PACKINGS      pack           test_grpo.py        WIN_RATES     win_rates   test_eval.py
     SAMPLERS      sample_group   test_grpo.py        BT_LOSSES     bt_loss     test_bt.py
     SFT_MASKS     collate        test_grpo.py        KL_PENALTIES  grpo_loss   test_grpo.py
-    MINI_BATCHES  grpo_update    test_grpo.py
+    MINI_BATCHES  grpo_update    test_grpo.py        SFT_LOSSES    answer_nll  test_grpo.py
+    REPLAYS       mixed_batch    test_stages.py      BALANCES      balanced    test_bt.py
+    REPLAYED      choose_replay  test_stages.py      FLIPS         to_flip     test_dt2it.py
+    COMPARISONS   compare        test_eval.py
 """
 
 import math
+import random
 import re
 from collections import Counter
 from types import SimpleNamespace
@@ -23,6 +27,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+import common
 
 OTHER = {"A": "B", "B": "A"}
 
@@ -504,6 +510,32 @@ SFT_MASKS = {
 }
 
 
+def nll_rule(ahead=1, total=torch.sum, counted=lambda labels: labels >= 0):
+    """answer_nll() with another part. A row of logits predicts the token `ahead` of it."""
+    def answer_nll(model, ids, mask, positions, labels, media):
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
+                       **media).logits
+        width = labels.shape[1]
+        first, last = max(0, -ahead), min(width, width - ahead)
+        logp = logits[:, first:last].log_softmax(-1)
+        target = labels[:, first + ahead:last + ahead]
+        nll = -logp.gather(-1, target.clamp(min=0)[..., None])[..., 0]
+        return total(nll[target >= 0]), counted(labels).sum().item()
+    return answer_nll
+
+
+answer_nll = nll_rule()
+
+SFT_LOSSES = {
+    "mean in place of the sum": nll_rule(total=torch.mean),
+    "a token's own logits in place of those before it": nll_rule(ahead=0),
+    "logits of the token after": nll_rule(ahead=-1),
+    "padding and prompt count in the normaliser": nll_rule(counted=torch.ones_like),
+    "rows in place of tokens in the normaliser": nll_rule(
+        counted=lambda labels: (labels >= 0).any(1)),
+}
+
+
 # ----------------------------------------------------------------------------- selection (stage 2b)
 def by_majority(verdicts):
     """-> the pseudo-label, or None and why the row is dropped."""
@@ -568,6 +600,85 @@ SELECTION = {
     "least confident of the majority": selector(
         choose=lambda places, confidences: min(places, key=lambda place: confidences[place])),
     "first of the majority": selector(choose=lambda places, confidences: places[0]),
+}
+
+
+# --------------------------------------------------------------------------------- replay (stage 2)
+def share_of(batch_size, captions, texts):
+    return round(batch_size * texts / (captions + texts))
+
+
+def in_turn(rows, step, n, seed):
+    """n rows, all before any comes again."""
+    order = random.Random(seed).sample(rows, len(rows))
+    return [order[(step * n + k) % len(order)] for k in range(n)]
+
+
+def spread_over(minis, captions, texts):
+    """Captions, then texts, in the same proportion in each mini-batch."""
+    batch = captions + texts
+    return [row for first in range(minis) for row in batch[first::minis]]
+
+
+def mixing_rule(share=share_of, step_of_texts=lambda step: step, mixed=spread_over, added=0):
+    """mixed_batch() with another part."""
+    def mixed_batch(rows, replay, step, cfg):
+        ratio = [int(part) for part in cfg.replay_ratio.split(":")]
+        n = share(cfg.batch_size, *ratio)
+        texts = in_turn(replay, step_of_texts(step), n, cfg.seed)
+        captions = in_turn(rows, step, cfg.batch_size - n + added * n, cfg.seed)
+        return mixed(cfg.batch_size // (cfg.mini_batch or cfg.batch_size), captions, texts)
+    return mixed_batch
+
+
+mixed_batch = mixing_rule()
+
+
+def mixed_by_chance(rows, replay, step, cfg):
+    ratio = [int(part) for part in cfg.replay_ratio.split(":")]
+    rng = random.Random(step)
+    weights = [ratio[0] / sum(ratio), ratio[1] / sum(ratio)]
+    return [rng.choice(rng.choices([rows, replay], weights)[0]) for _ in range(cfg.batch_size)]
+
+
+REPLAYS = {
+    "a mixture by chance": mixed_by_chance,
+    "ratio upside down": mixing_rule(share=lambda n, captions, texts: share_of(n, texts, captions)),
+    "texts as a share of the captions": mixing_rule(
+        share=lambda n, captions, texts: round(n * texts / captions) if captions > 1 else 0),
+    "the same texts in every batch": mixing_rule(step_of_texts=lambda step: 0),
+    "all texts in the last mini-batch": mixing_rule(
+        mixed=lambda minis, captions, texts: captions + texts),
+    "texts on top of a full batch": mixing_rule(added=1),
+}
+
+
+def both_right(preds, label):
+    return all(pred == label for pred in preds)
+
+
+def choosing_rule(good=both_right):
+    """choose_replay() with another rule for which rows are good. It judges as the source does."""
+    def choose_replay(model, encoder, rows, cfg):
+        rows = common.batch_of(rows, 0, min(cfg.replay_candidates, len(rows)), cfg.seed)
+        preds = [[] for _ in rows]
+        for judgement in common.judge(model, encoder, rows, None):
+            preds[judgement["at"]].append(judgement["pred"])
+        return [row for row, named in zip(rows, preds, strict=True) if good(named, row["label"])]
+    return choose_replay
+
+
+choose_replay = choosing_rule()
+
+REPLAYED = {
+    "right in one order suffices": choosing_rule(lambda preds, label: label in preds),
+    "no verdict counts as right": choosing_rule(
+        lambda preds, label: both_right([pred for pred in preds if pred], label)),
+    "both orders agree, right or wrong": choosing_rule(
+        lambda preds, label: preds[0] is not None and len(set(preds)) == 1),
+    "rows that are judged wrong": choosing_rule(
+        lambda preds, label: not both_right(preds, label)),
+    "every row": choosing_rule(lambda preds, label: True),
 }
 
 
@@ -738,6 +849,140 @@ WIN_RATES = {
     "no error after winning every game": win_rule(error=binomial_error),
     "variance in place of standard error": win_rule(
         error=lambda won, met: beta_error(won, met) ** 2),
+}
+
+
+# ---------------------------------------------------------------------------- comparing two judges
+def totals_of(rows, values):
+    totals = Counter()
+    for row, value in zip(rows, values, strict=True):
+        totals[row["cluster"]] += row["weight"] * value
+    return list(totals.values())
+
+
+def sign_p(better, worse, equal):
+    n, fewer = better + worse, min(better, worse)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2 ** n)
+
+
+def paired_spread(first, second, totals):
+    """Variance of the sum of the questions' paired differences."""
+    weights = sum(row["weight"] for row in first)
+    values = [a["points"] - b["points"] for a, b in zip(first, second, strict=True)]
+    mean = sum(row["weight"] * value for row, value in zip(first, values, strict=True)) / weights
+    sums = totals(first, [value - mean for value in values])
+    n = len(sums)
+    return sum(value ** 2 for value in sums) * n / max(1, n - 1)
+
+
+def unpaired_spread(first, second, totals):
+    """As if each judge had questions of its own."""
+    nothing = [row | {"points": 0.0} for row in first]
+    return paired_spread(first, nothing, totals) + paired_spread(nothing, second, totals)
+
+
+def by_rows(rows, values):
+    return [row["weight"] * value for row, value in zip(rows, values, strict=True)]
+
+
+def comparison(sign=1, p=sign_p, spread=paired_spread, tested=totals_of, measured=totals_of,
+               z=1.96):
+    """compare() with another part."""
+    def compare(first, second):
+        differences = [sign * (a["points"] - b["points"])
+                       for a, b in zip(first, second, strict=True)]
+        weights = sum(row["weight"] for row in first)
+        middle = sum(by_rows(first, differences)) / weights
+        half = z * math.sqrt(spread(first, second, measured)) / weights
+        totals = tested(first, differences)
+        better = sum(total > 1e-9 for total in totals)
+        worse = sum(total < -1e-9 for total in totals)
+        return {"difference": middle, "interval": [middle - half, middle + half],
+                "first_better": better, "second_better": worse, "n": len(first),
+                "questions": len(totals_of(first, differences)),
+                "sign_test_p": p(better, worse, len(totals) - better - worse)}
+    return compare
+
+
+compare = comparison()
+
+
+def one_sided(better, worse, equal):
+    return sign_p(better, worse, equal) / 2
+
+
+def equal_questions_count(better, worse, equal):
+    return sign_p(better + equal // 2, worse + equal - equal // 2, 0)
+
+
+COMPARISONS = {
+    "rows in place of questions in the sign test": comparison(tested=by_rows),
+    "rows in place of questions in the interval": comparison(measured=by_rows),
+    "interval as if the judges had other rows": comparison(spread=unpaired_spread),
+    "interval of one standard error": comparison(z=1.0),
+    "one-sided p": comparison(p=one_sided),
+    "questions of equal points have a share in p": comparison(p=equal_questions_count),
+    "second minus first": comparison(sign=-1),
+}
+
+
+# ------------------------------------------------------------------------ length bias and curation
+def characters_more(row):
+    a, b = (len(text) for text in row["responses"])
+    return a - b if row["label"] == "A" else b - a
+
+
+def balance_rule(extra=characters_more, kept_equal=True, repeated=False, dropped=True):
+    """balanced() with another part."""
+    def balanced(rows, seed):
+        sides = {1: [], -1: [], 0: []}
+        for row in rows:
+            more = extra(row) if row["responses"] else 0
+            sides[(more > 0) - (more < 0)].append(row)
+        rng, longer, shorter = random.Random(seed), sides[1], sides[-1]
+        n = min(len(longer), len(shorter))
+        if repeated:
+            n = max(len(longer), len(shorter))
+            longer = longer + rng.choices(longer, k=n - len(longer))
+            shorter = shorter + rng.choices(shorter, k=n - len(shorter))
+        elif dropped:
+            longer, shorter = rng.sample(longer, n), rng.sample(shorter, n)
+        return [*(sides[0] if kept_equal else []), *longer, *shorter]
+    return balanced
+
+
+balanced = balance_rule()
+
+BALANCES = {
+    "the longer place in place of the better response": balance_rule(
+        extra=lambda row: len(row["responses"][0]) - len(row["responses"][1])),
+    "words in place of characters": balance_rule(extra=lambda row: characters_more(
+        row | {"responses": [text.split() for text in row["responses"]]})),
+    "rows of equal length dropped": balance_rule(kept_equal=False),
+    "rare rows repeated in place of frequent ones dropped": balance_rule(repeated=True),
+    "nothing dropped": balance_rule(dropped=False),
+}
+
+
+def flip_rule(candidates=lambda strengths: [i for i, s in enumerate(strengths) if s < 0],
+              worst_first=sorted, half=lambda n: n // 2):
+    """to_flip() with another part."""
+    def to_flip(strengths):
+        places = candidates(strengths)
+        order = worst_first([(strengths[i], i) for i in places])
+        return {i for _, i in order[:half(len(places))]}
+    return to_flip
+
+
+to_flip = flip_rule()
+
+FLIPS = {
+    "all negative ones": flip_rule(half=lambda n: n),
+    "the upper half of the negative ones": flip_rule(
+        worst_first=lambda pairs: sorted(pairs, reverse=True)),
+    "half of all rows": flip_rule(candidates=lambda strengths: list(range(len(strengths)))),
+    "an odd number's half rounded up": flip_rule(half=lambda n: (n + 1) // 2),
+    "the first in the file": flip_rule(worst_first=list),
 }
 
 

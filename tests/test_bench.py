@@ -1,0 +1,129 @@
+"""
+tests/bench_grpo.py compares like with like: the naive step has our loss and gradient, its clock
+gives the time to whom it belongs, and its ratios are those of medians.
+"""
+
+import bench_grpo
+import pytest
+import torch
+from helpers import rejects
+from programs import grpo_step
+
+LOGPS, LOSS = grpo_step.Naive.logps, grpo_step.Naive.loss
+
+
+# ------------------------------------------------------------------------------------ the same step
+@pytest.mark.parametrize("tiles", [0, 1])
+def test_the_naive_step_is_ours(tiles):
+    bench_grpo.check_same_step(tiles)
+
+
+def one_token_late(naive, model, answers):
+    return scored_by(slice(71, None), naive, model, answers)
+
+
+def placeholder_keeps_its_mass(naive, model, answers):
+    return scored_by(slice(70, -1), naive, model, answers)
+
+
+def scored_by(places, naive, model, answers):
+    """Log-probs of the answers by the logits of these places"""
+    logits = model(input_ids=torch.cat([naive.ids, answers], 1), **naive.media).logits
+    return logits[:, places].log_softmax(-1).gather(-1, answers[..., None])[..., 0]
+
+
+def prompts_in_turn(naive, model, answers):
+    naive.ids = naive.ids.unflatten(0, (3, 5)).transpose(0, 1).flatten(0, 1)
+    return LOGPS(naive, model, answers)
+
+
+def first_image_for_all(naive, model, answers):
+    pixels = naive.media["pixel_values"]
+    naive.media["pixel_values"] = pixels[:1].expand_as(pixels)
+    return LOGPS(naive, model, answers)
+
+
+def no_reference(naive, logp, ref):
+    return LOSS(naive, logp, logp.detach())
+
+
+def kl_without_gradient(naive, logp, ref):
+    return LOSS(naive, logp, ref + logp - logp.detach())
+
+
+def no_advantage(naive, logp, ref):
+    naive.rewards = 1e-9 * naive.rewards + torch.arange(5)
+    return LOSS(naive, logp, ref)
+
+
+WRONG = {one_token_late: ("logps", 0), prompts_in_turn: ("logps", 0),
+         first_image_for_all: ("logps", 1), placeholder_keeps_its_mass: ("logps", 1),
+         no_reference: ("loss", 0), kl_without_gradient: ("loss", 0), no_advantage: ("loss", 0)}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_another_step_is_noticed(wrong, monkeypatch):
+    name, tiles = WRONG[wrong]
+    monkeypatch.setattr(grpo_step.Naive, name, wrong)
+    rejects(bench_grpo.check_same_step, tiles)
+
+
+# ---------------------------------------------------------------------------------------- the clock
+def test_every_phase_gets_its_own_time(monkeypatch):
+    """A step whose calls take 1, 2, 4, ... seconds, so that no two sums are the same.
+
+    kills: a phase that ends where a call ends, not where the next begins (sampling counts with the
+    prefill, the KL with the reference), or that starts with the second call of its kind"""
+    clock = [0]
+    monkeypatch.setattr(grpo_step.time, "perf_counter", lambda: clock[0])
+
+    class Takes(torch.nn.Linear):
+        def forward(self, seconds):
+            clock[0] += seconds
+            return super().forward(torch.ones(1))
+
+    class Optimizer(torch.optim.SGD):
+        def step(self):
+            clock[0] += 512
+    policy, reference = Takes(1, 1), Takes(1, 1)
+    optimizer = Optimizer(policy.parameters())
+    watch = grpo_step.Stopwatch(policy, reference)
+    for _ in range(2):  # the second step starts from nothing
+        watch.start()
+        with torch.no_grad():
+            policy(1)
+            clock[0] += 2  # a token is drawn
+            policy(4)
+            reference(8)
+            reference(16)
+        clock[0] += 32     # log-probs of the reference
+        policy(64)
+        policy(128)
+        clock[0] += 256    # backward
+        optimizer.step()
+        watch.stop()
+    watch.handle.remove()
+    assert watch.steps == 2 * [{"prefill": 1, "decode": 6, "reference": 56, "policy": 448,
+                                "optimiser": 512}]
+
+
+# ---------------------------------------------------------------------------------------- the table
+def process(peak, *steps):
+    """What grpo_step.py prints"""
+    return {"peak_gb": peak,
+            "steps": [dict(zip(grpo_step.PHASES, step, strict=True)) for step in steps]}
+
+
+def test_the_table_is_made_of_medians():
+    """By hand: steps of 4, 2 and 9 s, ours, median 4; of 10, 40 and 7 s, median 10.
+
+    kills: means (5 and 19), the fastest (2 and 7), the median of one process, the sum of medians"""
+    ours = [process(1.5, [1, 0, 1, 2, 0], [0, 1, 0, 1, 0]), process(1.25, [1, 1, 1, 5, 1])]
+    naive = [process(3, [2, 2, 2, 2, 2], [20, 5, 5, 5, 5]), process(2, [1, 1, 3, 1, 1])]
+    case = {"P": 7, "C": 3, "G": 5, "V": 11, "tiles": 2}
+    runs = {"ours": ours, "naive": naive}
+    _, _, ours, naive = bench_grpo.table([(case, runs)]).splitlines()
+    assert ours == ("| P 7, C 3, G 5, V 11, 2 tiles | ours | 4.00 (2.00-9.00) | 1.00 "
+                    "| 1.00 | 1.00 | 1.00 | 2.00 | 0.00 | 1.50 |")
+    assert naive == ("| P 7, C 3, G 5, V 11, 2 tiles | naive | 10.00 (7.00-40.00) | 2.50 "
+                     "| 2.00 | 2.00 | 3.00 | 2.00 | 2.00 | 3.00 |")
