@@ -79,8 +79,8 @@ def same_log(one, other, rel):
 def test_updates_are_those_of_one_process(out, n, rank):
     # Four steps, their clipped gradients and logs, and the weights behind them. The first process
     # has no image, answers are unequally long, and the reference weighs heavily.
-    # kills: gradients averaged; the norm of one part only; a reference that follows the policy; no
-    # zeros for a tower that a process did not use (hangs)
+    # kills: gradients averaged; the norm of one part only; a reference that is the policy; no zeros
+    # for a tower that a process did not use (the program crashes)
     one, here = seen(out, 1, 0), seen(out, n, rank)
     assert len(one["gradients"]) == len(here["gradients"]) == 4
     assert distance(one["gradients"][0], here["gradients"][0]) < 1e-6
@@ -99,7 +99,7 @@ def test_updates_are_those_of_one_process(out, n, rank):
 @pytest.mark.parametrize("n, rank", RANKS)
 def test_whole_samples_as_without_sharding(out, n, rank):
     # Each process as often and as long as it likes, and in stage 2b with nothing to do for one.
-    # kills: a model that is not whole (hangs), weights of this process alone
+    # kills: no whole() at all (the processes wait for one another, or crash)
     here = seen(out, n, rank)
     assert len(here["tokens"]) == 2 * (1 + 2 * rank)
     assert here["tokens"][::2] == here["tokens"][1::2]
@@ -109,7 +109,7 @@ def test_whole_samples_as_without_sharding(out, n, rank):
 
 @pytest.mark.parametrize("n", PROCESSES)
 def test_a_process_holds_its_part(out, n):
-    # kills: a reference that is whole on every process, moments of whole tensors
+    # kills: a reference that is whole on every process
     for name, copies in (("model", 1), ("ref", 1), ("moments", 2)):
         held = [seen(out, n, rank)["held"] for rank in range(n)]
         total = copies * held[0]["all"]
@@ -132,8 +132,7 @@ def test_saving_holds_one_model_at_most(out, n, rank):
 
 @pytest.mark.parametrize("n", PROCESSES)
 def test_a_checkpoint_is_that_of_plain_transformers(out, n):
-    # kills: empty tensors, the first process's part of each, a head saved beside the embeddings it
-    # is tied to, FSDP in the architecture's name
+    # kills: a head saved beside the embeddings it is tied to
     weights = seen(out, n, 0)["weights"]
     model = transformers.AutoModelForImageTextToText.from_pretrained(out / f"update-{n}")
     loaded = dict(model.named_parameters())
@@ -160,8 +159,7 @@ def unbroken(world, out):
 
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 3), (2, 1)])
 def test_a_run_goes_on_with_another_number_of_processes(out, unbroken, before, after):
-    # 1: not sharded. kills: moments left behind or those of another parameter, weights of the
-    # start, steps counted anew
+    # 1: not sharded. kills: moments left behind or in another order, weights of the start
     folder, args = unbroken
     resumed = out / f"sft-{before}-{after}"
     if after == 1:
@@ -179,8 +177,8 @@ def test_a_run_goes_on_with_another_number_of_processes(out, unbroken, before, a
 
 @pytest.mark.parametrize("n", PROCESSES)
 def test_a_reward_model(out, n):
-    # kills: a head outside of what is gathered, a head's gradient of one process, scores of
-    # held-out rows that wait for other processes (hangs)
+    # kills: a head and an encoder called one by one, held-out rows scored by a model that is not
+    # whole (both crash)
     same_log(out / "bt-1", out / f"bt-{n}", rel=1e-5)
     assert distance(weights_of(out / "bt-1"), weights_of(out / f"bt-{n}")) < 1e-6
     heads = [load_file(out / f"bt-{k}" / "reward_head.safetensors") for k in (1, n)]
@@ -194,7 +192,8 @@ def test_a_reward_model(out, n):
 
 def test_a_whole_stage_does_the_same(out):
     # Two processes with and without --shard: what is drawn, logged and learnt is the same.
-    # kills: rollouts.jsonl written by a forward of one process (hangs), another seed
+    # kills: rollouts.jsonl with a forward of the first process alone, judging with a model that is
+    # not whole (both crash), a gradient that is averaged
     one, other = out / "grpo-no", out / "grpo-yes"
     same_log(one, other, rel=5e-6)  # a gradient's norm is added up in another order
     assert distance(weights_of(one), weights_of(other)) < 1e-7
@@ -220,7 +219,7 @@ def test_bytes_of_a_replica():
     ({}, 20 * 3 + 8), ({"beta": 0.0}, 16 * 3 + 4), ({"freeze_vision": False}, 20 * 4)])
 def test_auto_shards_what_does_not_fit(monkeypatch, change, gigabytes):
     # 3e9 trained weights and a tower of 1e9, on cards just below and above what is needed.
-    # kills: 16 bytes for frozen weights too, the reference forgotten, room for nothing else
+    # kills: 16 bytes for frozen weights too, the reference forgotten
     with torch.device("meta"):
         model = torch.nn.Module()
         model.language = torch.nn.Linear(30_000, 100_000, bias=False)
