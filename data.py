@@ -212,10 +212,10 @@ def hard_rows(rows: list[Row], min_attempts) -> list[Row]:
 
 
 # What one script writes for another, and the command that does
-MADE_BY = {"captioned.jsonl": "stage2_caption_grpo.py --captioner DIR` writes it.",
-           "annotated.jsonl": "eval.py --attempts 3 --style r1` writes such rows.",
-           "pairs.jsonl": "dt2it.py --construct FILE` writes it.",
-           "curated.jsonl": "dt2it.py --curate FILE` writes it."}
+MADE_BY = {"captioned.jsonl": "stage2_caption_grpo.py --captioner DIR",
+           "annotated.jsonl": "eval.py --attempts 3 --style r1",
+           "pairs.jsonl": "dt2it.py --construct FILE",
+           "curated.jsonl": "dt2it.py --curate FILE"}
 
 
 def raw_rows(source, shuffle=False, config=None, split=None):
@@ -233,8 +233,8 @@ def raw_rows(source, shuffle=False, config=None, split=None):
         return
     hub_id = source.count("/") == 1 and not path.suffix and source[0] not in "./"
     if not path.exists() and not hub_id:
-        remedy = MADE_BY.get(path.name, "tests/toy_world.py` makes toy rows.")
-        raise SystemExit(f"{source}: no such file. `python {remedy}")
+        maker = MADE_BY.get(path.name, "tests/toy_world.py")
+        raise SystemExit(f"{source}: no such file. `python {maker}` makes such rows.")
     try:
         for i, row in dataset_rows(source, shuffle, config, split):
             yield f"{source}:{i + 1}", row

@@ -197,3 +197,16 @@ def same_weights(a, b):
     """Do two checkpoint folders hold bit-equal weights?"""
     a, b = weights_of(a), weights_of(b)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def teach(folder, **more):
+    """FOLDER/backbone, untrained, and FOLDER/stage0, which a few steps on FOLDER/text_rl.jsonl have
+    taught to answer now A and now B and to stumble now and then."""
+    import stage0_sft  # here, because few files need it
+    tokenizer = toy_world.make_tokenizer()
+    torch.manual_seed(0)
+    model, images = toy_world.make_model(tokenizer, hidden=32, layers=2)
+    toy_world.save_backbone(model, tokenizer, images, folder / "backbone")
+    run_here(stage0_sft.main, flags(
+        model=folder / "backbone", data=folder / "text_rl.jsonl", heldout="", target="label",
+        out=folder / "stage0", lr=1e-2, **more))

@@ -25,7 +25,7 @@ import torch
 import transformers
 from helpers import (
     ENV, PROGRAMS, RM_BENCH, ROOT, flags, lasting, lines, run_here, run_there, same_weights,
-    small_world, text_only_model, torchrun, weights_of)
+    small_world, teach, text_only_model, torchrun, weights_of)
 
 import bt_reward
 import common
@@ -45,14 +45,7 @@ def world(tmp_path_factory):
     """Rows, and a model that a few steps of stage 0 have taught to answer now A and now B and to
     stumble now and then: rewards differ within a group, and so do lengths."""
     folder = small_world(tmp_path_factory.mktemp("world"), sft=4, text_rl=40, heldout=3)
-    tok = toy_world.make_tokenizer()
-    torch.manual_seed(0)
-    model, images = toy_world.make_model(tok, hidden=32, layers=2)
-    toy_world.save_backbone(model, tok, images, folder / "backbone")
-    run_here(stage0_sft.main, [
-        "--model", folder / "backbone", "--data", folder / "text_rl.jsonl", "--heldout", "",
-        "--out", folder / "stage0", "--target", "label", "--batch_size", 10, "--micro_batch", 10,
-        "--epochs", 7, "--lr", 1e-2])
+    teach(folder, batch_size=10, micro_batch=10, epochs=7)
     return folder
 
 

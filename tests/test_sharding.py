@@ -9,10 +9,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import toy_world
 import torch
 import transformers
-from helpers import PROGRAMS, flags, lasting, lines, run_here, small_world, torchrun, weights_of
+from helpers import (
+    PROGRAMS, flags, lasting, lines, run_here, small_world, teach, torchrun, weights_of)
 from safetensors.torch import load_file
 
 import bt_reward
@@ -30,14 +30,7 @@ RANKS = [(n, rank) for n in PROCESSES for rank in range(n)]
 def world(tmp_path_factory):
     """Six rows of text and six with media, a backbone, and a model that answers now A and now B."""
     folder = small_world(tmp_path_factory.mktemp("world"), text_rl=6, mm_rl=6, heldout=3)
-    tok = toy_world.make_tokenizer()
-    torch.manual_seed(0)
-    model, images = toy_world.make_model(tok, hidden=32, layers=2)
-    toy_world.save_backbone(model, tok, images, folder / "backbone")
-    run_here(stage0_sft.main, [
-        "--model", folder / "backbone", "--data", folder / "text_rl.jsonl", "--heldout", "",
-        "--out", folder / "stage0", "--target", "label", "--batch_size", 6, "--micro_batch", 6,
-        "--epochs", 12, "--lr", 1e-2])
+    teach(folder, batch_size=6, micro_batch=6, epochs=12)
     return folder
 
 
