@@ -3,7 +3,7 @@ The README's figure and its group of four answers, from small files of reference
 
     python tests/figures.py                       draw tests/figures/curves.svg
     python tests/figures.py --from runs/seed0     take the curves of these runs first
-    python tests/figures.py --group runs/groups --step 11    take a group; print README's text
+    python tests/figures.py --group runs/groups --step 3     take a group; print README's text
 
 tests/reference_runs/ holds what is drawn and no more: <stage>/metrics.jsonl with the step, the mean
 reward, the accuracy on held-out texts where the run looked, and in the last line "pixels", the
