@@ -45,10 +45,10 @@ GROWTH = [TEXT | change for change in (
     {"P": 256}, {}, {"P": 1024}, {"P": 2048}, {"G": 4}, {"G": 16}, {"C": 48}, {"C": 192})]
 
 
-def check_same_step(tiles):
+def check_same_step(tiles, **more):
     """Both steps on the same answers, B = 3: loss, norm and gradient must be equal. The policy is
     far from the reference, or the loss would be 0 whatever the step."""
-    case = {"P": 71, "C": 7, "V": 83, "G": 5, "tiles": tiles, "layers": 2}
+    case = {"P": 71, "C": 7, "V": 83, "G": 5, "tiles": tiles, "layers": 2, **more}
     with tempfile.TemporaryDirectory() as folder:
         grpo_step.make(folder, case)
         model, _ = grpo_step.load(folder, case)

@@ -18,6 +18,15 @@ def test_the_naive_step_is_ours(tiles):
     bench_grpo.check_same_step(tiles)
 
 
+@pytest.mark.parametrize("tiles, rows", [(0, 10), (1, 5)])
+def test_a_naive_step_in_parts_is_ours(tiles, rows, monkeypatch):
+    # kills: parts of which each counts as if it were all; images or prompts of the first part
+    bench_grpo.check_same_step(tiles, rows=rows)
+    part = grpo_step.Naive.part
+    monkeypatch.setattr(grpo_step.Naive, "part", lambda naive, first, rows: part(naive, 0, rows))
+    rejects(bench_grpo.check_same_step, tiles, rows=5)
+
+
 def one_token_late(naive, model, answers):
     return scored_by(slice(71, None), naive, model, answers)
 
