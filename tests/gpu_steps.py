@@ -151,7 +151,9 @@ def make(args):
     internvl_folder.publish(folder / "model", written, corpus)
     write_rows(size, folder)
     grpo_step.make(folder / "bench", bench_case(args))
-    tell(args, "model", f"{n:,} parameters", parameters=n)
+    where = torch.cuda.get_device_name() if cuda() else "CPU"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    tell(args, "model", f"{n:,} parameters; {where}, {versions}", parameters=n)
 
 
 def write_rows(size, folder):
@@ -419,10 +421,9 @@ def count_kernels(args, model, encoder, size, kind, tokens=4):
     tell(args, f"kernels, {kind}, N {size['rows'][0]}",
          f"{n:.0f} a token, which work for {ms:.2f} ms", kernels=n, ms=ms)
     for name in sorted(spent, key=spent.get, reverse=True)[:8]:
-        short = re.sub(r"<.*", "", name.replace("void ", ""))[-60:]
-        detail = name[len(short):][:50] if "elementwise" in short else ""
-        print(f"    {count[name] / tokens:6.1f} x {spent[name] / tokens / 1e3:6.3f} ms  {short} "
-              f"{detail}", flush=True)
+        short = re.sub("void |at::native::", "", name)[:80]
+        print(f"    {count[name] / tokens:6.1f} of them {spent[name] / tokens / 1e3:6.3f} ms  "
+              f"{short}", flush=True)
 
 
 def kernels(model, encoder, prompts, size, tokens):
@@ -474,9 +475,14 @@ def operations(model, size, micro):
     embeddings = model.get_input_embeddings().weight.numel()
     layers = dry_run.count(model.get_decoder().parameters()) - embeddings
     head = model.get_output_embeddings().weight.numel()
-    pairs = p * p / 2 + g * c * (p + c / 2)
-    attention = 4 * pairs * text.num_attention_heads * text.head_dim * text.num_hidden_layers
+    width = text.num_attention_heads * text.head_dim * text.num_hidden_layers
+    attention = 4 * pairs_seen(p, c, g) * width
     return micro * (2 * layers * (p + g * c) + 2 * head * (1 + g * c) + attention)
+
+
+def pairs_seen(p, c, g):
+    """Of tokens of [prompt | answer 1 | ... | answer G], of which one sees the other."""
+    return p * (p + 1) / 2 + g * c * (p + (c + 1) / 2)
 
 
 # -------------------------------------------------------------------------------------- comparison
