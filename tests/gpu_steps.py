@@ -504,7 +504,7 @@ def bench(who, args):
 
 # --------------------------------------------------------------------------------------- all parts
 # In the order of what must be known most, with the seconds after which one is given up
-PARTS = {"make": 120, "stage1": 120, "stage3": 120, "decode": 120, "packed": 90, "ours": 90,
+PARTS = {"make": 150, "stage1": 120, "stage3": 120, "decode": 120, "packed": 90, "ours": 90,
          "naive": 120, "trl": 120, "stage0": 60, "bt": 60, "stage2b": 90, "stage2": 120}
 TEST_FILES = ("test_grpo.py", "test_internvl.py")
 
