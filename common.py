@@ -41,8 +41,10 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 # by its place: without torchvision 5.17 has a dummy by this name at the top
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -1096,7 +1098,7 @@ def load(folder, device="cpu", made_by="", shards=False, **encoder_args):
         config = AutoConfig.from_pretrained(folder, **NO_CODE)
         encoder = Encoder(folder, config, **encoder_args)
         model, found = auto.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa",
+            folder, dtype=torch.float32, use_safetensors=True, attn_implementation="grouped",
             output_loading_info=True, device_map="meta" if str(device) == "meta" else None,
             **NO_CODE)
         if found["missing_keys"]:  # transformers would fill them with random numbers, and go on
@@ -1124,12 +1126,32 @@ def declare_tied(model):
         config.tie_word_embeddings = tied
 
 
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """PyTorch's attention where r heads of the query share keys and values, as in most models. In
+    decoding, query [b, heads, Q, dim] becomes [b, heads/r, r*Q, dim]: r times as many tokens of
+    each head of keys. Else transformers repeats all keys and values r times, in every step."""
+    b, heads, length, dim = query.shape
+    decodes = length < key.shape[2] and attention_mask is not None
+    if not decodes or heads == key.shape[1]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
+                                      **kwargs)
+    r = heads // key.shape[1]
+    out = F.scaled_dot_product_attention(
+        query.reshape(b, heads // r, r * length, dim), key, value, scale=scaling,
+        attn_mask=attention_mask.repeat(1, 1, r, 1))
+    return out.reshape(b, heads, length, dim).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
+
+
 def decoding_cache():
     return Cache(layer_class_to_replicate=RoomyLayer)
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer of the decoding cache, [N, heads, tokens, dim], that leaves room for the tokens to
+    """A layer of the decoding cache, [B, heads, tokens, dim], that leaves room for the tokens to
     come. Plain DynamicLayer concatenates, so every new token copies all tokens before it."""
 
     def update(self, keys, values, *args, **kwargs):
@@ -1144,7 +1166,7 @@ class RoomyLayer(DynamicLayer):
     def extend(old, new):
         (n, heads, length, dim), end = old.shape, old.shape[2] + new.shape[2]
         if end > old.stride(1) // old.stride(2):  # one head's share of the memory: is it full?
-            roomy = new.new_empty(n, heads, end + 64, dim)
+            roomy = new.new_empty(n, heads, end + max(64, end // 8), dim)
             roomy[:, :, :length] = old
             old = roomy
         extended = old.as_strided((n, heads, end, dim), old.stride())
@@ -1230,10 +1252,11 @@ def adapter_merged(model):
             layer.unmerge()
 
 
-def layer_masks(model, sees, positions):
-    """What a token may see [b, 1, L, L] and positions [b, L] -> attention mask for the model. A 4-D
-    mask is taken as it is, so that a layer with a sliding window (Gemma 3, Mistral) would lose its
-    window: it gets a mask of its own, in which what is `sliding_window` positions back is gone."""
+def layer_masks(model, sees, positions, key_positions=None):
+    """What tokens may see [b, 1, Q, L] and their positions [b, Q], those of the keys [b, L] if they
+    are not the same -> attention mask for the model. A 4-D mask is taken as it is, so that a layer
+    with a sliding window (Gemma 3, Mistral) would lose its window: it gets a mask of its own, in
+    which what is `sliding_window` positions back is gone."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
@@ -1244,7 +1267,9 @@ def layer_masks(model, sees, positions):
         return sees
     if positions.dim() == 3:
         raise SystemExit(f"{config.model_type}: sliding windows are not supported for Qwen-VL.")
-    near = positions[:, None, :, None] - positions[:, None, None, :] < window
+    if key_positions is None:
+        key_positions = positions
+    near = positions[:, None, :, None] - key_positions[:, None, None, :] < window
     if not kinds:  # all layers slide, and the model wants one mask
         return sees & near
     return {"full_attention": sees, "sliding_attention": sees & near}

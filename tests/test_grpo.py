@@ -665,7 +665,8 @@ def until(ids, eos_ids):
 @pytest.mark.parametrize("kind", ["text", "one image", "video", "mixed"])
 def test_greedy_equals_generate(world, compactions, kind):
     # kills: positions that do not grow, positions from the padded width, a mask that forgets the
-    # answer, a compaction that keeps the wrong rows or forgets one of its tensors
+    # answer, answers that see each other or the padding, a compaction that keeps the wrong prompts
+    # or forgets one of its tensors
     prompts = world.prompts[kind]
     free = generate(world, with_eos(world.encoder, [world.encoder.eos_id]), prompts, 12)
     # end the answers at different times, with two tokens that they really contain
@@ -740,6 +741,8 @@ def check_log_probs(sample_group, world):
     rollout = sample_group(world.model, encoder, prompts, G, 0.7, 10,
                            torch.Generator().manual_seed(8))
     assert len({len(answer) for answer in flat(rollout.ids)}) > 2
+    for answer in flat(rollout.ids):  # none was dropped with the columns of finished ones
+        assert answer[-1] in encoder.eos_ids or len(answer) == 10
     with torch.no_grad():
         logp, _, owner = stage1.packed_logps(world.model, encoder, prompts, rollout.ids, 0.7)
     for sampled, scored in zip(flat(rollout.logp), unpack(logp, owner), strict=True):
@@ -747,6 +750,8 @@ def check_log_probs(sample_group, world):
 
 
 def test_sampled_log_probs_equal_the_packed_ones(world, compactions):
+    # kills: columns that are cut before the finished answers are moved out, one uniform number for
+    # all answers of a prompt, tokens written after the end
     check_log_probs(stage1.sample_group, world)
     assert compactions, "the case does not bite: no row left the batch"
 
