@@ -31,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -363,8 +364,8 @@ def random_prompts(n, size):
 
 
 def decode(args):
-    """ms of a token of all N rows, in fp32 weights under autocast, as we sample, and in weights
-    that are bf16 themselves, which no autocast has to cast."""
+    """ms of a token of all N answers, in fp32 weights under autocast, as we sample; with what
+    autocast casts held from one token to the next; and in weights that are bf16 themselves."""
     size = SIZES[args.size]
     model, encoder = common.load(args.folder / "model", device_name())
     encoder.eos_ids = [-1]  # so that no row ends
@@ -375,21 +376,25 @@ def decode(args):
     weights = 2 * (decoder - model.get_input_embeddings().weight.numel()
                    + model.get_output_embeddings().weight.numel())
     per_token = 4 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
-    for kind in ("fp32 weights", "bf16 weights"):
+    for kind in ("fp32 weights", "fp32 weights, casts held", "bf16 weights"):
+        held = nullcontext()
+        if kind == "fp32 weights, casts held":
+            held = torch.autocast(device_name(), torch.bfloat16, enabled=cuda())
         if kind == "bf16 weights":
             model = model.bfloat16()
         for n in size["rows"]:
             prompts = random_prompts(n // size["G"], size)
             reset_peak()
-            prefill, ms = decoding_times(model, encoder, prompts, size)
-            cache = n * (size["text"] + size["tokens"] / 2) * per_token
+            with held:
+                prefill, ms = decoding_times(model, encoder, prompts, size)
+            cache = (n / size["G"] * size["text"] + n * size["tokens"] / 2) * per_token
             floor = 1e3 * (weights + cache) / speed
             tell(args, f"decode, {kind}, N {n}",
                  f"{ms:.2f} ms a token, floor {floor:.2f} ({gb(weights)} of weights, {gb(cache)} "
                  f"of cache), {ms / floor:.1f} times it; prefill {prefill:.3f} s; peak "
                  f"{gb(peak())}", kind=kind, n=n, ms=ms, floor=floor, prefill=prefill)
         try:
-            if cuda():
+            if cuda() and kind != "fp32 weights, casts held":
                 count_kernels(args, model, encoder, size, kind)
         except Exception as e:  # a profiler that is not to be had must not end the timing
             print(f"kernels, {kind}: {type(e).__name__}: {e}", flush=True)

@@ -68,12 +68,12 @@ def make(folder, case):
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
 
 
-def load(folder, case):
+def load(folder, case, attention="sdpa"):
     """-> model, tokenizer"""
     auto = transformers.AutoModelForCausalLM
     if case["tiles"]:
         auto = transformers.AutoModelForImageTextToText
-    model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     return model.to(device_of(case)), tokenizer
 
@@ -133,6 +133,7 @@ class Stopwatch:
 # ------------------------------------------------------------------------------ ours and the naive
 class Ours:
     """The functions that stage 1 calls in a step, with tiles stage 3."""
+    attention = "grouped"  # as common.load() has it
 
     def __init__(self, case, prompts=PROMPTS):
         sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -169,6 +170,7 @@ class Ours:
 class Naive:
     """The same step as most would write it: every prompt G times, generate(), whole forwards. The
     prompts have one length and so have the answers: nothing is padded."""
+    attention = "sdpa"
 
     def __init__(self, case, prompts=PROMPTS):
         self.case = case
@@ -242,7 +244,7 @@ class Naive:
 
 def run(competitor, case, folder):
     """-> [{phase: seconds}] of all steps"""
-    model, tokenizer = load(folder, case)
+    model, tokenizer = load(folder, case, competitor.attention)
     reference = copy.deepcopy(model).requires_grad_(False)
     fused = True if device_of(case) == "cuda" else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0,
