@@ -568,7 +568,7 @@ def cache_bytes(size, prompts, tokens, mixed=True):
     """Keys and values [prompts, kv_heads, tokens, head_dim] of all layers; `tokens`: of a prompt
     and all its answers."""
     token = 2 * prompts * size.text.num_key_value_heads * size.head_dim
-    room = max(64, tokens // 8)  # at most: common.RoomyLayer
+    room = max(64, tokens // 8)  # at most: decoding.RoomyLayer
     return size.text.num_hidden_layers * token * (tokens + room) * (2 if mixed else 4)
 
 

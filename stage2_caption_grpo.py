@@ -30,6 +30,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import common
+import decoding
 import sharding
 from common import knob, sum_over_ranks
 from data import TABLE_5, captioned, hard_rows, load_rows
@@ -538,10 +539,10 @@ def sample_group(model, encoder, prompts, group_size, temperature, max_new_token
     device = next(model.parameters()).device
     ids, mask, places, media = common.left_pad(prompts, encoder.pad_id, device)       # [B, P]
     eos = torch.tensor(encoder.eos_ids, device=device)
-    cache = common.decoding_cache()
+    decode = decoding.Decoder(model)
     with common.autocast(device):
         out = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True,
-                    past_key_values=cache, logits_to_keep=1, **media)
+                    past_key_values=decode.cache, logits_to_keep=1, **media)
     n = len(ids)
     logits = out.logits[:, -1:].expand(-1, group_size, -1)                            # [B, A, V]
     owner = mask - 1                          # 0 prompt, 1..G the answers, -1 padding  [B, P]
@@ -566,16 +567,14 @@ def sample_group(model, encoder, prompts, group_size, temperature, max_new_token
             prompt, owner, places = prompt[keep], owner[keep], places[..., keep, :]
             position = position[..., keep, :widest]  # the same in all columns
             if not keep.all():
-                cache.batch_select_indices(keep.nonzero()[:, 0])
+                decode.cache.batch_select_indices(keep.nonzero()[:, 0])
         position = position + 1
         places = torch.cat([places, position], -1)                                    # [B, L]
         mine = torch.where(alive, answer + 1, -2)  # nobody looks at what comes after the end
         owner = torch.cat([owner, mine], 1)                                           # [B, L]
         sees = (owner == 0)[:, None] | (owner[:, None] == mine[..., None])            # [B, A, L]
-        masks = common.layer_masks(model, sees[:, None], position, places)
-        with common.autocast(device):
-            logits = model(input_ids=token, attention_mask=masks, position_ids=position,
-                           past_key_values=cache, use_cache=True).logits
+        masks = decoding.layer_masks(model, sees[:, None], position, places)
+        logits = decode(token, masks, position)
     lengths, tokens, logps = (tokens >= 0).sum(2).tolist(), tokens.tolist(), logps.tolist()
     rollout = Rollout([], [])
     for b in range(n):
@@ -649,7 +648,7 @@ def packed_logps(model, encoder, prompts, answers, temperature, with_entropy=Tru
     device = next(model.parameters()).device
     ids, positions, sees, source, target, owner, media = pack(prompts, answers, encoder.pad_id,
                                                               device)
-    masks = common.layer_masks(model, sees, positions)
+    masks = decoding.layer_masks(model, sees, positions)
     with common.autocast(device):
         logits = model(input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=False,
                        logits_to_keep=target.shape[1] + 1, **media).logits             # [b, 1+S, V]

@@ -31,7 +31,7 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +48,7 @@ from programs import grpo_step  # noqa: E402  (as above)
 
 import bt_reward  # noqa: E402  (as above)
 import common  # noqa: E402  (as above)
+import decoding  # noqa: E402  (as above)
 import dry_run  # noqa: E402  (as above)
 import stage1_text_grpo as stage1  # noqa: E402  (as above)
 
@@ -348,6 +349,9 @@ def tell_stage(name, args, cfg, log, calls):
     parts.append(f"{every / last['step_time']:,.0f} tokens/s")
     if answers:
         parts[-1] += f", {answers / last['step_time']:,.0f} of answers"
+    gap = last.get("sampling/sampling_logp_difference/mean")
+    if gap is not None:
+        parts.append(f"sampler and packed forward {gap:.1e} nats a token apart")
     for phase, (measured, estimate) in peaks.items():
         parts.append(f"peak of {phase} {gb(measured)}, dry run {gb(estimate)}")
     shape = f"P {work.prompt}, C {work.answer}, G {work.answers}, {work.prompts} prompts, "
@@ -364,8 +368,7 @@ def random_prompts(n, size):
 
 
 def decode(args):
-    """ms of a token of all N answers, in fp32 weights under autocast, as we sample; with what
-    autocast casts held from one token to the next; and in weights that are bf16 themselves."""
+    """ms of a token of all N answers, its kernels launched one by one and as a CUDA graph."""
     size = SIZES[args.size]
     model, encoder = common.load(args.folder / "model", device_name())
     encoder.eos_ids = [-1]  # so that no row ends
@@ -376,33 +379,39 @@ def decode(args):
     weights = 2 * (decoder - model.get_input_embeddings().weight.numel()
                    + model.get_output_embeddings().weight.numel())
     per_token = 4 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
-    for kind in ("fp32 weights", "fp32 weights, casts held", "bf16 weights"):
-        held = nullcontext()
-        if kind == "fp32 weights, casts held":
-            held = torch.autocast(device_name(), torch.bfloat16, enabled=cuda())
-        if kind == "bf16 weights":
-            model = model.bfloat16()
-        for n in size["rows"]:
-            prompts = random_prompts(n // size["G"], size)
-            reset_peak()
-            with held:
+    for kind in ("one by one", "as a graph"):
+        with launched(kind):
+            for n in size["rows"]:
+                prompts = random_prompts(n // size["G"], size)
+                reset_peak()
                 prefill, ms = decoding_times(model, encoder, prompts, size)
-            cache = (n / size["G"] * size["text"] + n * size["tokens"] / 2) * per_token
-            floor = 1e3 * (weights + cache) / speed
-            tell(args, f"decode, {kind}, N {n}",
-                 f"{ms:.2f} ms a token, floor {floor:.2f} ({gb(weights)} of weights, {gb(cache)} "
-                 f"of cache), {ms / floor:.1f} times it; prefill {prefill:.3f} s; peak "
-                 f"{gb(peak())}", kind=kind, n=n, ms=ms, floor=floor, prefill=prefill)
-        try:
-            if cuda() and kind != "fp32 weights, casts held":
-                count_kernels(args, model, encoder, size, kind)
-        except Exception as e:  # a profiler that is not to be had must not end the timing
-            print(f"kernels, {kind}: {type(e).__name__}: {e}", flush=True)
+                cache = (n / size["G"] * size["text"] + n * size["tokens"] / 2) * per_token
+                floor = 1e3 * (weights + cache) / speed
+                tell(args, f"decode, {kind}, N {n}",
+                     f"{ms:.2f} ms a token, floor {floor:.2f} ({gb(weights)} of weights, "
+                     f"{gb(cache)} of cache), {ms / floor:.1f} times it; prefill {prefill:.3f} s; "
+                     f"peak {gb(peak())}", kind=kind, n=n, ms=ms, floor=floor, prefill=prefill)
+    try:
+        if cuda():
+            with launched("one by one"):
+                count_kernels(args, model, encoder, size, "one by one")
+    except Exception as e:  # a profiler that is not to be had must not end the timing
+        print(f"kernels: {type(e).__name__}: {e}", flush=True)
+
+
+@contextmanager
+def launched(kind):
+    """Kernels launched "one by one", or as on any GPU, "as a graph" """
+    real = decoding.Decoder.__call__
+    if kind == "one by one":
+        decoding.Decoder.__call__ = decoding.Decoder.run
+    yield
+    decoding.Decoder.__call__ = real
 
 
 def decoding_times(model, encoder, prompts, size):
     """-> seconds of prefill and first token, ms of each further one. In 40 tokens the cache runs
-    full once and is copied, in 64 by the way (common.RoomyLayer)."""
+    full once and is copied, in 64 by the way (decoding.RoomyLayer)."""
     def sampled(tokens):
         stage1.sample_group(model, encoder, prompts, size["G"], 1.0, tokens,
                             torch.Generator(device_name()).manual_seed(SEED))

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 import bt_reward
 import common
+import decoding
 import dry_run
 import dt2it
 from data import load_rows
@@ -297,9 +298,9 @@ def test_peak_of_sampling(name, B, G, P, C, mixed, in_bf16):
     with FakeTensorMode(), Traced() as traced, torch.no_grad():
         model = a_model(qwen3(name, num_hidden_layers=5))
         weights = traced.now
-        run(B, P, 0, common.decoding_cache())
+        run(B, P, 0, decoding.new_cache())
         prompts_run = traced.peak - weights
-        cache = common.decoding_cache()
+        cache = decoding.new_cache()
         run(B, P + G * (C - 1), 0, cache)
         logits = torch.empty(B * G, size.text.vocab_size, dtype=torch.bfloat16 if mixed else None)
         traced.peak = traced.now
