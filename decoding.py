@@ -10,6 +10,8 @@ RL: the samplers are sample_group() in the stages and generate() in stage 0.
 Shapes: B prompts, A answers of each that are not finished, L tokens in the cache, V vocabulary.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map
@@ -67,14 +69,19 @@ AttentionInterface.register(ATTENTION, grouped_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def new_cache():
-    return Cache(layer_class_to_replicate=RoomyLayer)
+def new_cache(most):
+    """An empty cache that will hold `most` tokens."""
+    return Cache(layer_class_to_replicate=partial(RoomyLayer, most))
 
 
 class RoomyLayer(DynamicLayer):
     """A layer of the cache, [B, heads, tokens, dim], that leaves room for the tokens to come. Plain
     DynamicLayer concatenates, so every new token copies all tokens before it."""
-    slots = None  # [A] places of the new tokens in the room, on the device: for a CUDA graph
+
+    def __init__(self, most):
+        super().__init__()
+        self.most = most    # tokens there will be
+        self.slots = None   # [A] places of new tokens in the room, on the device: for a CUDA graph
 
     def update(self, keys, values, *args, **kwargs):
         keys = keys.to(values.dtype)  # under autocast rotary positions leave them in fp32
@@ -87,11 +94,11 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = self.extend(self.keys, keys), self.extend(self.values, values)
         return self.keys, self.values
 
-    @staticmethod
-    def extend(old, new):
+    def extend(self, old, new):
         (n, heads, length, dim), end = old.shape, old.shape[2] + new.shape[2]
         if end > room(old):
-            roomy = new.new_zeros(n, heads, end + max(64, end // 8), dim)  # unseen, but no NaN
+            tokens = max(end, min(self.most, end + end // 2))
+            roomy = new.new_zeros(n, heads, tokens, dim)  # a graph multiplies them by 0: no NaN
             roomy[:, :, :length] = old
             old = roomy
         extended = with_room(old, end)
@@ -119,8 +126,9 @@ class Decoder:
     graph reads and writes stays in its place: inputs are copied there, masks cover the whole room.
     """
 
-    def __init__(self, model):
-        self.model, self.cache = model, new_cache()
+    def __init__(self, model, most):
+        """`most`: tokens that the cache will hold, of a prompt and its answers together."""
+        self.model, self.cache = model, new_cache(most)
         self.device = next(model.parameters()).device
         # a sharded model may do more than launch kernels
         self.records = self.device.type == "cuda" and not sharding.is_sharded(model)

@@ -568,8 +568,7 @@ def cache_bytes(size, prompts, tokens, mixed=True):
     """Keys and values [prompts, kv_heads, tokens, head_dim] of all layers; `tokens`: of a prompt
     and all its answers."""
     token = 2 * prompts * size.text.num_key_value_heads * size.head_dim
-    room = max(64, tokens // 8)  # at most: decoding.RoomyLayer
-    return size.text.num_hidden_layers * token * (tokens + room) * (2 if mixed else 4)
+    return size.text.num_hidden_layers * token * tokens * (2 if mixed else 4)
 
 
 def sampling_bytes(size, work, prompts, samples, mixed=True):
@@ -579,12 +578,14 @@ def sampling_bytes(size, work, prompts, samples, mixed=True):
     q = size.text.num_attention_heads * size.head_dim
     # of one layer without gradients: its inputs, and the widest of what it makes of them
     width = 12 * size.text.hidden_size + max(3 * number * size.text.intermediate_size, 14 * q)
-    begins = cache_bytes(size, prompts, work.prompt, mixed) + prompts * work.prompt * width
+    most = work.prompt + samples * work.answer
+    roomy = min(most, 3 * work.prompt // 2)  # decoding.RoomyLayer
+    begins = cache_bytes(size, prompts, roomy, mixed) + prompts * work.prompt * width
     begins += prompts * work.prompt ** 2 * (1 + number)  # the mask, as truth values and numbers
     if size.vision and work.tiles:
         width = 10 * size.vision.hidden_size + 2 * number * size.vision.intermediate_size
         begins += prompts * work.tiles * (TILE * width + 4 * TILE_PIXELS)
-    ends = cache_bytes(size, prompts, work.prompt + samples * work.answer, mixed)
+    ends = cache_bytes(size, prompts, most, mixed)
     # draw(): logits, their log-softmax in fp32, sums and what they add up in float64
     drawn = (number + 4 + 2 * 8) * prompts * samples * size.text.vocab_size
     return max(begins + casts, ends + casts, ends + drawn)

@@ -493,7 +493,7 @@ def sample_group(model, encoder, prompts, group_size, temperature, max_new_token
     device = next(model.parameters()).device
     ids, mask, places, media = common.left_pad(prompts, encoder.pad_id, device)       # [B, P]
     eos = torch.tensor(encoder.eos_ids, device=device)
-    decode = decoding.Decoder(model)
+    decode = decoding.Decoder(model, ids.shape[1] + group_size * max_new_tokens)
     with common.autocast(device):
         out = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True,
                     past_key_values=decode.cache, logits_to_keep=1, **media)

@@ -410,8 +410,7 @@ def launched(kind):
 
 
 def decoding_times(model, encoder, prompts, size):
-    """-> seconds of prefill and first token, ms of each further one. In 40 tokens the cache runs
-    full once and is copied, in 64 by the way (decoding.RoomyLayer)."""
+    """-> seconds of prefill and first token, ms of each further one."""
     def sampled(tokens):
         stage1.sample_group(model, encoder, prompts, size["G"], 1.0, tokens,
                             torch.Generator(device_name()).manual_seed(SEED))

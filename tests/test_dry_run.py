@@ -298,9 +298,9 @@ def test_peak_of_sampling(name, B, G, P, C, mixed, in_bf16):
     with FakeTensorMode(), Traced() as traced, torch.no_grad():
         model = a_model(qwen3(name, num_hidden_layers=5))
         weights = traced.now
-        run(B, P, 0, decoding.new_cache())
+        run(B, P, 0, decoding.new_cache(P + G * C))
         prompts_run = traced.peak - weights
-        cache = decoding.new_cache()
+        cache = decoding.new_cache(P + G * C)
         run(B, P + G * (C - 1), 0, cache)
         logits = torch.empty(B * G, size.text.vocab_size, dtype=torch.bfloat16 if mixed else None)
         traced.peak = traced.now
@@ -383,9 +383,8 @@ def test_terms_by_hand():
     terms = dry_run.memory(size, work)
     assert terms["weights"] == terms["reference"] == 4 * every
     assert (terms["AdamW"], terms["gradients"]) == (8 * trained, 4 * trained)
-    tokens = 4096 + 8 * 1024
-    room = 2 * (tokens + tokens // 8)
-    assert terms["cache"] == 2 * 36 * room * 8 * 128 * 2
+    tokens = 2 * (4096 + 8 * 1024)
+    assert terms["cache"] == 2 * 36 * tokens * 8 * 128 * 2
     block, part = 8_193 * 151_936, 1_024 * 151_936
     assert terms["logits"] == 2 * block + 2 * (block - part) + 12 * part
     always = 8 * every + 8 * trained

@@ -146,7 +146,7 @@ def test_a_kind_of_layer_that_is_not_known_is_refused(world):
 
 def test_one_dtype_in_the_cache():
     # Under autocast keys come in fp32 from rotary positions, values in bf16: 27 GiB at 8B shape.
-    cache = decoding.new_cache()
+    cache = decoding.new_cache(9)
     keys, values = torch.rand(2, 3, 4, 8), torch.rand(2, 3, 4, 8).bfloat16()
     keys, values = cache.update(keys, values, 0)
     assert keys.dtype == values.dtype == torch.bfloat16
