@@ -279,8 +279,8 @@ def train(cfg, device, out, rows=None):
             common.log_step(out, {
                 "step": step + 1, "loss": loss, "grad_norm": norm, "lr": rate, **metrics,
                 "skipped_steps": int(not math.isfinite(norm)),
-                "step_time": time.time() - began, "peak_memory_gb": common.peak_memory_gb()},
-                cfg.tracker)
+                "step_time": time.time() - began, "peak_memory_gb": common.peak_memory_gb(),
+                **common.first_change(optimizer)}, cfg.tracker)
         if stop or (step + 1) % cfg.save_every == 0 or step + 1 == steps:
             common.save_state(out, model, optimizer, step + 1, cfg, **kept)
         if stop:

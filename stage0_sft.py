@@ -212,8 +212,8 @@ def finetune(model, encoder, rows, target, heldout, state, cfg, stage, may_swap,
             common.log_step(cfg.out, {
                 "step": step + 1, "loss": nll, "grad_norm": norm,
                 "skipped_steps": int(not math.isfinite(norm)), "num_tokens": tokens,
-                "step_time": time.time() - began, "peak_memory_gb": common.peak_memory_gb()},
-                cfg.tracker)
+                "step_time": time.time() - began, "peak_memory_gb": common.peak_memory_gb(),
+                **common.first_change(optimizer)}, cfg.tracker)
         if stop or (step + 1) % cfg.save_every == 0 or step + 1 == steps:
             common.save_state(cfg.out, model, optimizer, step + 1, cfg, **kept)
         if stop:

@@ -294,7 +294,7 @@ def grpo_update(model, ref, encoder, optimizer, prompts, answers, advantage, kee
         skipped += not math.isfinite(norm)
     loss, = sum_over_ranks(totals.pop("loss") / len(minis))
     return {"loss": loss, "grad_norm": norm, "skipped_steps": skipped, **token_means(totals),
-            **token_means(difference)}
+            **token_means(difference), **common.first_change(optimizer)}
 
 
 def pieces(start, stop, size):

@@ -64,6 +64,7 @@ def same_log(one, other, rel):
     for a, b in zip(one, other, strict=True):
         for metrics in (a, b):
             metrics.pop("tasks", None)  # of a reward model: dicts
+        assert a.pop("changed_share", 0) == pytest.approx(b.pop("changed_share", 0), abs=0.01)
         assert lasting(b) == pytest.approx(lasting(a), rel=rel, abs=rel * 1e-2)
 
 
@@ -85,8 +86,19 @@ def test_updates_are_those_of_one_process(out, n, rank):
                for name, gradient in one["gradients"][0].items())
     assert distance(one["weights"], here["weights"]) < 1e-6
     for a, b in zip(one["metrics"], here["metrics"], strict=True):
+        for metrics in (a, b):
+            metrics.pop("changed_share", None)  # below
         assert a["kl"] > 0.01 and a["clip_ratio/low_mean"] > 0.05 and a["grad_norm"] > 0.3
         assert b == pytest.approx(a, rel=1e-6)
+
+
+@pytest.mark.parametrize("n, rank", RANKS)
+def test_the_share_that_changed_is_that_of_all_parts(out, n, rank):
+    # Of a large tensor the parts have other samples. kills: the share of a process's own part
+    first, second = (m.get("changed_share") for m in seen(out, n, rank)["metrics"])
+    alone = seen(out, 1, 0)["metrics"][0]["changed_share"]
+    assert first == pytest.approx(alone, abs=1e-4) and 0.9 < alone < 1 and second is None
+    assert first == seen(out, n, 0)["metrics"][0]["changed_share"]
 
 
 @pytest.mark.parametrize("n, rank", RANKS)
