@@ -20,6 +20,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 import zlib
 from collections import Counter
@@ -1735,10 +1736,17 @@ def end_stopped(folder, step):
 
 
 def peak_memory_gb():
+    """The most this process has held so far, in 1e9 bytes: of the GPU, or without one of the
+    machine."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status")
+    found = status.exists() and re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+    if found:  # Linux, where ru_maxrss begins with the peak of the process that started this one
+        return int(found[1]) * 1024 / 1e9
     import resource  # here, because Windows has none
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 # The order of the data.
