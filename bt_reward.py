@@ -169,8 +169,13 @@ def reward_head(hidden, layers, activation):
 
 
 def add_head(model, settings):
-    """`settings`, see settings_of(), say what the head is and how rows are put to the model."""
+    """`settings`, see settings_of(), say what the head is and how rows are put to the model. The
+    head of the language model, which nothing uses any more, is frozen unless it is the embeddings:
+    several processes would fill in a gradient and make moments for it."""
     embeddings = model.get_input_embeddings().weight                                   # [V, H]
+    unused = model.get_output_embeddings()
+    if unused.weight is not embeddings:
+        unused.requires_grad_(False)
     head = reward_head(embeddings.shape[1], settings["head_layers"], settings["head_activation"])
     model.reward_head = head.to(embeddings.device)
     model.settings = settings
