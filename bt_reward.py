@@ -124,7 +124,7 @@ class Config:
 
 # What models of 7B and more need, whoever's recipe it is
 LARGE = dict(heldout="", micro_batch=1, max_prompt_tokens=8192, gradient_checkpointing=True,
-             skip_bad_rows=True)
+             skip_bad_rows=True, eval_batch=4)
 
 # MSRL A.2: one epoch over "the complete set" of labelled multimodal rows, here those of stages 2
 # and 3 together, at 1e-5 and 128

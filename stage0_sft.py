@@ -83,7 +83,7 @@ class Config:
 # MSRL A.2: 1e-5, 128, 3 epochs; 5.1: 40k rows of HelpSteer3
 PAPER = dict(**common.BACKBONES["internvl"], data="nvidia/HelpSteer3", heldout="", lr=1e-5,
              batch_size=128, epochs=3, micro_batch=1, max_prompt_tokens=4096, max_new_tokens=1024,
-             gradient_checkpointing=True, skip_bad_rows=True)
+             gradient_checkpointing=True, skip_bad_rows=True, eval_batch=4)
 # The generative baseline (A.2): one epoch over all labelled multimodal rows, those of stages 2 and
 # 3 together, with pixels and a vision tower that learns
 PAPER_LABEL = dict(data=TABLE_5.format(13000, 5000, 5219, 6666, 5000, 4595), epochs=1,

@@ -156,10 +156,10 @@ class Config:
             raise ValueError("--pre_clip must be above 1, or 0 for off")
 
 
-PAPER = dict(heldout="", micro_batch=1, rollout_batch=2, lr=1e-6, temperature=0.9, save_every=200,
+PAPER = dict(heldout="", micro_batch=1, lr=1e-6, temperature=0.9, save_every=200,
              gradient_checkpointing=True, skip_bad_rows=True,
-             data="wangclnlp/GRAM-RR-TrainingData:400000", batch_size=16, max_steps=25_000,
-             max_prompt_tokens=4096, max_new_tokens=1024)
+             data="wangclnlp/GRAM-RR-TrainingData:400000", batch_size=16, max_steps=25_000, rollout_batch=2,
+             max_prompt_tokens=4096, max_new_tokens=1024, eval_batch=8)
 PRESETS = {"paper": PAPER}
 
 

@@ -165,13 +165,13 @@ class Config:
         n_replay(self)
 
 
-PAPER = dict(heldout="", micro_batch=1, rollout_batch=2, lr=1e-6, temperature=0.9, save_every=200,
+PAPER = dict(heldout="", micro_batch=1, lr=1e-6, temperature=0.9, save_every=200,
              gradient_checkpointing=True, skip_bad_rows=True,
              data=TABLE_5.format(5000, 2500, 2580, 4323, 2500, 2539),
              captioner="OpenGVLab/InternVL3_5-8B-HF", caption_prompt="Describe this in detail.",
-             replay="wangclnlp/GRAM-RR-TrainingData:4000", replay_candidates=4000,
+             replay="wangclnlp/GRAM-RR-TrainingData:4000", replay_candidates=4000, rollout_batch=1,
              batch_size=24, max_steps=972,  # 20 + 4 prompts: of 16, no 5:1 can be made
-             max_prompt_tokens=4096, max_new_tokens=1024)
+             max_prompt_tokens=4096, max_new_tokens=1024, eval_batch=8)
 PRESETS = {"paper": PAPER}
 
 

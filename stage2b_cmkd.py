@@ -93,7 +93,7 @@ class Config:
 
 
 PAPER = dict(data="runs/stage2_caption_grpo/captioned.jsonl", media_root="data", heldout="",
-             lr=2e-6, batch_size=128, micro_batch=1, epochs=1,
+             lr=2e-6, batch_size=128, micro_batch=1, epochs=1, rollout_batch=8, eval_batch=4,
              max_prompt_tokens=8192, max_new_tokens=1024, gradient_checkpointing=True,
              skip_bad_rows=True)
 PRESETS = {"paper": PAPER}

@@ -161,11 +161,11 @@ class Config:
             raise ValueError("--pre_clip must be above 1, or 0 for off")
 
 
-PAPER = dict(heldout="", micro_batch=1, rollout_batch=2, lr=1e-6, temperature=0.9, save_every=200,
+PAPER = dict(heldout="", micro_batch=1, lr=1e-6, temperature=0.9, save_every=200,
              gradient_checkpointing=True, skip_bad_rows=True,
              data=TABLE_5.format("8000@5000", "2500@2500", "2639@2580", "2343@4323",
                                  "2500@2500", "2056@2539"),
-             batch_size=16, max_steps=1_252,
+             batch_size=16, max_steps=1_252, rollout_batch=1, eval_batch=4,
              max_prompt_tokens=8192, max_new_tokens=2048)  # two captions, and 2b's rationale
 PRESETS = {"paper": PAPER, "r1": R1_RL}
 

@@ -421,6 +421,25 @@ def test_sharded():
     assert whole["update"] - part["update"] == pytest.approx(saved - gathered)
 
 
+@pytest.mark.parametrize("script, change", [
+    (stage0_sft, {}), (stage0_sft, {"target": "label"}), (stage1, {}), (stage2, {}), (cmkd, {}),
+    (stage3, {}), (bt_reward, {})],
+    ids=lambda part: getattr(part, "__name__", "".join(part.values())))
+def test_the_papers_presets_fit(script, change):
+    # 8B split among eight cards of 80 GB, also with rows to judge. kills: 32 rows sampled together
+    # in stage 2b, 128 rows judged together, two prompts of stage 3 sampled together
+    values = script.PRESETS["paper"]
+    cfg = script.Config(**change)
+    values = values(cfg) if callable(values) else values
+    cfg = replace(cfg, **values | {"heldout": "rows.jsonl"})
+    size = dry_run.measure("8B", dry_run.internvl_config("8B"), cfg)
+    work = dry_run.work_of(cfg, 8, getattr(script, "FORM", "pixels"))
+    terms = dry_run.memory(size, work, 8)
+    assert (terms["judge"] > 0) == (script is not bt_reward)
+    assert max(terms[name] for name in dry_run.PEAKS) < dry_run.CARDS["80 GB"] * GIB
+    assert cfg.eval_batch <= 8
+
+
 def test_largest_batches():
     # kills: the first that does not fit, micro-batches of more prompts than there are
     cfg = stage1.Config(**stage1.PAPER | {"batch_size": 128})
