@@ -127,8 +127,7 @@ class Config:
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
     shard: Literal["auto", "yes", "no"] = knob(
         "auto", "FSDP2: split weights, gradients, optimiser state and KL reference among the "
-        "processes of torchrun. 'auto': if a replica does not fit the card, at 16 bytes per "
-        "trained weight and 4 per weight of the reference")
+        "processes of torchrun. 'auto': if a replica does not fit the card, as --dry_run tells it")
 
     # evaluation on held-out rows, and logs
     eval_every: int = knob(20, "steps between looks at the held-out rows; 0 = only at the end")
@@ -158,7 +157,8 @@ class Config:
 
 PAPER = dict(heldout="", micro_batch=1, lr=1e-6, temperature=0.9, save_every=200,
              gradient_checkpointing=True, skip_bad_rows=True,
-             data="wangclnlp/GRAM-RR-TrainingData:400000", batch_size=16, max_steps=25_000, rollout_batch=2,
+             data="wangclnlp/GRAM-RR-TrainingData:400000",
+             batch_size=16, max_steps=25_000, rollout_batch=2,
              max_prompt_tokens=4096, max_new_tokens=1024, eval_batch=8)
 PRESETS = {"paper": PAPER}
 

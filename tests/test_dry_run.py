@@ -424,7 +424,7 @@ def test_sharded():
 @pytest.mark.parametrize("script, change", [
     (stage0_sft, {}), (stage0_sft, {"target": "label"}), (stage1, {}), (stage2, {}), (cmkd, {}),
     (stage3, {}), (bt_reward, {})],
-    ids=lambda part: getattr(part, "__name__", "".join(part.values())))
+    ids=lambda part: getattr(part, "__name__", "label" if part else "-"))
 def test_the_papers_presets_fit(script, change):
     # 8B split among eight cards of 80 GB, also with rows to judge. kills: 32 rows sampled together
     # in stage 2b, 128 rows judged together, two prompts of stage 3 sampled together
@@ -438,6 +438,12 @@ def test_the_papers_presets_fit(script, change):
     assert (terms["judge"] > 0) == (script is not bt_reward)
     assert max(terms[name] for name in dry_run.PEAKS) < dry_run.CARDS["80 GB"] * GIB
     assert cfg.eval_batch <= 8
+
+
+@pytest.mark.parametrize("total, left", [(79, 75), (23.5, 21), (39.5, 37), (140, 133.7)])
+def test_room_on_a_card(total, left):
+    # kills: the same reserve, or the same share, on all cards
+    assert dry_run.room(total) == pytest.approx(left, abs=0.05)
 
 
 def test_largest_batches():
