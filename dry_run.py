@@ -472,8 +472,8 @@ def adamw_temporaries(size, fused=True, shards=1):
 
 
 def cast_bytes(size):
-    """Weights in bf16: until a forward ends, autocast keeps its copy of every linear weight that
-    has a gradient."""
+    """Weights in bf16: while it samples, autocast keeps its copy of every linear weight that is
+    trained. In training it keeps none (common.autocast), but autograd does: kept_activations()."""
     return 0 if size.lora else 2 * size.linear
 
 
@@ -559,8 +559,6 @@ def update_bytes(size, work, mixed=True):
     if logits:
         forward_ends += copy
         head += kept + copy             # the gradients of the logits and of the head's weight
-    if mixed and work.checkpointing:    # the head's copy is among what is kept
-        forward_ends += cast_bytes(size) - (2 * size.head if logits else 0)
     layer = kept + layer_temporaries(size, work.micro * work.length, mixed)
     layer -= last_norm(size, work)      # its turn was before
     if work.checkpointing:

@@ -70,7 +70,7 @@ def in_bf16(monkeypatch):
     """-> a function that turns the autocast of a GPU on or off, here for the CPU."""
     def turn(mixed):
         monkeypatch.setattr(common, "autocast", lambda device: torch.autocast(
-            "cpu", torch.bfloat16, enabled=mixed))
+            "cpu", torch.bfloat16, enabled=mixed, cache_enabled=not torch.is_grad_enabled()))
     return turn
 
 
@@ -261,8 +261,8 @@ def peak_of_update(name, work, mixed, layers):
 def test_peak_of_an_update(name, layers, work, checkpointing, mixed, in_bf16):
     # A step of the real code at real width, but of fewer layers; most are told to 1 %. kills: 2
     # bytes a gradient, logits counted once, all in fp32 at once, without the factor b, copies of
-    # weights forgotten, those in a forward with checkpointing forgotten, inputs of layers in bf16,
-    # no layer that is recomputed
+    # weights forgotten, or kept in a forward with checkpointing, inputs of layers in bf16, no layer
+    # that is recomputed
     in_bf16(mixed)
     work = replace(work, checkpointing=checkpointing)
     cfg = bt_reward.Config() if work.kind == "bt" else None
@@ -271,7 +271,7 @@ def test_peak_of_an_update(name, layers, work, checkpointing, mixed, in_bf16):
     assert dry_run.weight_bytes(size) == pytest.approx(weights, rel=0.01)  # bt: without its head
     assert dry_run.gradient_bytes(size) == pytest.approx(gradients, rel=0.02)
     told = dry_run.update_bytes(size, work, mixed)
-    assert told == pytest.approx(peak, rel=0.1)
+    assert told == pytest.approx(peak, rel=0.1 if work.kind == "bt" else 0.03)
 
 
 @pytest.mark.parametrize("mixed", [True, False], ids=["bf16", "fp32"])
