@@ -107,8 +107,7 @@ class Config:
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
     shard: Literal["auto", "yes", "no"] = knob(
         "auto", "FSDP2: split weights, gradients, optimiser state and KL reference among the "
-        "processes of torchrun. 'auto': if a replica does not fit the card, at 16 bytes per "
-        "trained weight and 4 per weight of the reference")
+        "processes of torchrun. 'auto': if a replica does not fit the card, as --dry_run tells it")
 
     # looks and logs
     eval_batch: int = knob(128, "rows scored together")
@@ -125,7 +124,7 @@ class Config:
 
 # What models of 7B and more need, whoever's recipe it is
 LARGE = dict(heldout="", micro_batch=1, max_prompt_tokens=8192, gradient_checkpointing=True,
-             skip_bad_rows=True)
+             skip_bad_rows=True, eval_batch=4)
 
 # MSRL A.2: one epoch over "the complete set" of labelled multimodal rows, here those of stages 2
 # and 3 together, at 1e-5 and 128
@@ -170,8 +169,13 @@ def reward_head(hidden, layers, activation):
 
 
 def add_head(model, settings):
-    """`settings`, see settings_of(), say what the head is and how rows are put to the model."""
+    """`settings`, see settings_of(), say what the head is and how rows are put to the model. The
+    head of the language model, which nothing uses any more, is frozen unless it is the embeddings:
+    several processes would fill in a gradient and make moments for it."""
     embeddings = model.get_input_embeddings().weight                                   # [V, H]
+    unused = model.get_output_embeddings()
+    if unused.weight is not embeddings:
+        unused.requires_grad_(False)
     head = reward_head(embeddings.shape[1], settings["head_layers"], settings["head_activation"])
     model.reward_head = head.to(embeddings.device)
     model.settings = settings
@@ -280,8 +284,8 @@ def train(cfg, device, out, rows=None):
             common.log_step(out, {
                 "step": step + 1, "loss": loss, "grad_norm": norm, "lr": rate, **metrics,
                 "skipped_steps": int(not math.isfinite(norm)),
-                "step_time": time.time() - began, "peak_memory_gb": common.peak_memory_gb()},
-                cfg.tracker)
+                "step_time": time.time() - began, "peak_memory_gb": common.peak_memory_gb(),
+                **common.first_change(optimizer)}, cfg.tracker)
         if stop or (step + 1) % cfg.save_every == 0 or step + 1 == steps:
             common.save_state(out, model, optimizer, step + 1, cfg, **kept)
         if stop:

@@ -20,6 +20,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 import zlib
 from collections import Counter
@@ -1570,18 +1571,23 @@ def make_optimizer(model, lr):
 
 
 MAX_SKIPPED = 3  # optimiser steps in a row
+SAMPLED = 4096  # weights of each tensor, to see how many a step changes
 
 
 def optimizer_step(optimizer, parameters, max_grad_norm):
     """Sum the gradients over processes, clip their norm, take a step. -> the norm before the clip.
     A gradient that is no number would ruin every weight for good: the step is left out, and after
     MAX_SKIPPED of them in a row the run stops. The norm is the same number on every process, so
-    all do the same."""
+    all do the same. The first step of a run that has a gradient is watched."""
     sum_gradients(parameters)
     norm = sharding.full(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)).item()
     if math.isfinite(norm):
         optimizer.skipped = 0
-        optimizer.step()
+        optimizer.moved = getattr(optimizer, "moved", bool(optimizer.state))  # resumed: it did
+        if norm > 0 and not optimizer.moved:
+            watched_step(optimizer, parameters, norm)
+        else:
+            optimizer.step()
     else:
         optimizer.skipped = getattr(optimizer, "skipped", 0) + 1
     optimizer.zero_grad(set_to_none=True)
@@ -1590,6 +1596,49 @@ def optimizer_step(optimizer, parameters, max_grad_norm):
                          "taken. Go on from the last saved state with a smaller --lr; see "
                          "metrics.jsonl.")
     return norm
+
+
+def watched_step(optimizer, parameters, norm):
+    """A step, and what share of the trained weights it changed, for first_change(). If that is 0
+    the run stops: a rate of 1e-6 rounds away on a bf16 weight above 0.0005 or so, and such a run
+    goes on for days and learns nothing. Below 1 it is where weights have no gradient, as the
+    embeddings of words that no row has, the vision tower in a batch of texts, and half an adapter.
+
+    Of each tensor SAMPLED weights count for all of it, so a large model needs no second copy; with
+    --shard each process looks at its own part."""
+    before = [sampled(parameter) for parameter in parameters]
+    optimizer.step()
+    optimizer.moved = True
+    changed, total = 0.0, 0
+    for parameter, old in zip(parameters, before, strict=True):
+        n = own_part(parameter).numel()
+        share = (sampled(parameter) != old).sum().item() / max(1, old.numel())
+        changed, total = changed + n * share, total + n
+    changed, total = sum_over_ranks(changed, total)
+    if changed == 0:
+        raise SystemExit(f"the first step changed no weight, though its gradient has a norm of "
+                         f"{norm:.3g}: --lr {optimizer.param_groups[0]['lr']:.3g} is lost in the "
+                         f"rounding of {parameters[0].dtype} weights. Take a larger --lr.")
+    optimizer.first_change = {"changed_share": changed / total}
+
+
+def first_change(optimizer):
+    """-> {"changed_share": ...} when it is first asked after a watched step, later and in a resumed
+    run {}"""
+    return vars(optimizer).pop("first_change", {})
+
+
+def own_part(parameter):
+    """What this process holds of it, as one row of numbers."""
+    tensor = parameter.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).flatten()
+
+
+def sampled(parameter):
+    """-> a copy of every k-th number of it. k is odd: an even one would stay in few columns."""
+    numbers = own_part(parameter)
+    k = -(-numbers.numel() // SAMPLED) | 1
+    return numbers[::k].clone()
 
 
 def progress(start, stop, desc):
@@ -1638,10 +1687,17 @@ def end_stopped(folder, step):
 
 
 def peak_memory_gb():
+    """The most this process has held so far, in 1e9 bytes: of the GPU, or without one of the
+    machine."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status")
+    found = status.exists() and re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+    if found:  # Linux, where ru_maxrss begins with the peak of the process that started this one
+        return int(found[1]) * 1024 / 1e9
     import resource  # here, because Windows has none
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 # The order of the data.

@@ -779,8 +779,24 @@ def from_videodpo(r, where):
                        "video_generation", source="S5")
 
 
-_R1 = re.compile(r"\[Question\]:?(.*?)#+ *\[Response 1\]:?(.*?)#+ *\[Response 2\]:?(.*?)"
-                 r"(?:#+ *\**Output Format.*)?$", re.DOTALL)
+# one by one and from the first # of a row: as one pattern they take quadratic time on some texts
+_R1_HEADINGS = [re.compile(pattern) for pattern in (
+    r"\[Question\]:?", r"(?<!#)#+ *\[Response 1\]:?", r"(?<!#)#+ *\[Response 2\]:?")]
+_R1_END = re.compile(r"(?<!#)#+ *\**Output Format")
+
+
+def r1_sections(text):
+    """R1-Reward's judge prompt -> question and both responses. Raises BadRow."""
+    sections, at = [], 0
+    for heading in _R1_HEADINGS:
+        found = heading.search(text, at)
+        if not found:
+            raise BadRow("is no R1-Reward row: a section is missing")
+        sections.append(text[at:found.start()])
+        at = found.end()
+    end = _R1_END.search(text, at)
+    sections.append(text[at:end.start() if end else None])
+    return [section.replace("<image>", "").strip() for section in sections[1:]]
 
 
 def from_r1_reward(r, where):
@@ -789,11 +805,10 @@ def from_r1_reward(r, where):
     messages = json.loads(r["message"]) if isinstance(r["message"], str) else r["message"]
     content, image = messages[-1]["content"], r.get("image")
     text = content if isinstance(content, str) else _part_of(content, "text")
-    found = _R1.search(text)
+    prompt, better, worse = r1_sections(text)
     label = re.fullmatch(r"\s*<answer>\s*([12])\s*</answer>\s*", r["answer"][0])
-    if not found or not label:
-        raise BadRow("is no R1-Reward row: the sections or the <answer> 1 or 2 are missing")
-    prompt, better, worse = (section.replace("<image>", "").strip() for section in found.groups())
+    if not label:
+        raise BadRow("is no R1-Reward row: the <answer> 1 or 2 is missing")
     if label[1] == "2":
         better, worse = worse, better
     yield better_first(f"r1-reward/{where}", prompt, better, worse, "image_understanding",

@@ -34,9 +34,15 @@ from stage1_text_grpo import ROWS_AT_ONCE
 
 PROCESSES = (1, 8, 16)
 GIB = 2 ** 30
-# GiB for tensors: a card of 80 GB has 79, one of 24 GB has 23.5; CUDA, its libraries and NCCL take
-# about one, and what the allocator cannot use is lost (UNSPECIFIED how much; ours: 3 and 1.5)
-CARDS = {"80 GB": 75, "24 GB": 21}
+
+
+def room(total):
+    """GiB for tensors on a card of so many. CUDA, its libraries and NCCL take about one, and what
+    the allocator cannot use is lost (UNSPECIFIED how much; ours: 3 of 79, and 1.5 at least)."""
+    return total - 1 - max(1.5, total * 3 / 79)
+
+
+CARDS = {"80 GB": room(79), "24 GB": room(23.5)}  # 75 and 21
 
 
 # ==================================================================================================
@@ -46,8 +52,7 @@ def report(cfg, presets, preset):
     """Print it. `presets`: the script's; `preset`: the name of the one that was taken, or "toy"."""
     if common.rank() > 0:
         return
-    module = sys.modules[type(cfg).__module__]
-    form = getattr(cfg, "form", getattr(module, "FORM", "pixels"))
+    form = form_of(cfg)
     print_settings(cfg, presets, preset)
     print_checkpoints(cfg)
     rows = print_sources(cfg)
@@ -55,6 +60,11 @@ def report(cfg, presets, preset):
     sizes = sizes_of(cfg)
     print_sizes(sizes)
     print_memory(sizes, cfg, form)
+
+
+def form_of(cfg):
+    """How the script of these settings shows rows with media."""
+    return getattr(cfg, "form", getattr(sys.modules[type(cfg).__module__], "FORM", "pixels"))
 
 
 def print_settings(cfg, presets, preset):
@@ -461,8 +471,8 @@ def adamw_temporaries(size, fused=True, shards=1):
 
 
 def cast_bytes(size):
-    """Weights in bf16: until a forward ends, autocast keeps its copy of every linear weight that
-    has a gradient."""
+    """Weights in bf16: while it samples, autocast keeps its copy of every linear weight that is
+    trained. In training it keeps none (common.autocast), but autograd does: kept_activations()."""
     return 0 if size.lora else 2 * size.linear
 
 
@@ -548,8 +558,6 @@ def update_bytes(size, work, mixed=True):
     if logits:
         forward_ends += copy
         head += kept + copy             # the gradients of the logits and of the head's weight
-    if mixed and work.checkpointing:    # the head's copy is among what is kept
-        forward_ends += cast_bytes(size) - (2 * size.head if logits else 0)
     layer = kept + layer_temporaries(size, work.micro * work.length, mixed)
     layer -= last_norm(size, work)      # its turn was before
     if work.checkpointing:
@@ -626,6 +634,14 @@ def memory(size, work, shards=1):
         terms["update"] += gathered_to_update(size)
     terms["step"] = always + terms["gradients"] + adamw_temporaries(size, shards=shards)
     return terms
+
+
+def replica_gib(cfg, config):
+    """-> GiB that one of the processes of this run needs without --shard, at its highest peak.
+    `config`: the model's. sharding.wanted() asks."""
+    size = measure("--model", config, cfg)
+    terms = memory(size, work_of(cfg, common.world(), form_of(cfg)))
+    return max(terms[name] for name in PEAKS) / GIB
 
 
 PEAKS = ("sample", "judge", "update", "step")

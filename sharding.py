@@ -30,23 +30,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import common  # which imports this file: its names are there when the functions run
 
-ROOM = 0.8  # UNSPECIFIED: the share of a card for what does not change, the rest for activations
-
 
 # ------------------------------------------------------------------------------------- whether
-def replica_bytes(model, cfg):
-    """What one process holds of a model without sharding, in bytes: fp32 weights, for those that
-    are trained a gradient and AdamW's two moments, and the KL reference."""
-    n, n_trained = 0, 0
-    for parameter in model.parameters():
-        n += parameter.numel()
-        n_trained += parameter.numel() * parameter.requires_grad
-    copies = 2 if getattr(cfg, "beta", 0) > 0 else 1
-    return 4 * (copies * n + 3 * n_trained)
-
-
 def wanted(cfg, device):
-    """Does --shard split the model? 'auto': if a replica does not fit the memory of the card."""
+    """Does --shard split the model? 'auto': if a replica with these settings, by the formulas of
+    --dry_run, does not fit the memory of the card."""
     if cfg.shard == "yes" and common.world() == 1:
         raise SystemExit("--shard yes splits a model among processes, and this is one alone: "
                          "torchrun --nproc_per_node=N starts several")
@@ -56,14 +44,14 @@ def wanted(cfg, device):
         return cfg.shard == "yes"
     if common.world() == 1 or cfg.lora_rank or device.type != "cuda":
         return False
+    import dry_run  # here, because it imports stage 1, which imports this file
     blank, _ = common.load(cfg.model, "meta", type(cfg).model)
-    if cfg.freeze_vision:
-        common.freeze_vision(blank)
-    needed = replica_bytes(blank, cfg)
-    total = torch.cuda.get_device_properties(device).total_memory
-    tight = any(common.gather_list([needed > ROOM * total]))  # all cards or none
+    needed = dry_run.replica_gib(cfg, blank.config)
+    room = dry_run.room(torch.cuda.get_device_properties(device).total_memory / dry_run.GIB)
+    tight = any(common.gather_list([needed > room]))  # all cards or none
     if tight and common.rank() == 0:
-        print(f"--shard auto: yes, as a replica needs {needed / 1e9:.0f} GB before activations")
+        print(f"--shard auto: yes, as a replica needs up to {needed:.0f} GiB of this card's "
+              f"{room:.0f}")
     return tight
 
 

@@ -69,8 +69,7 @@ class Config:
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
     shard: Literal["auto", "yes", "no"] = knob(
         "auto", "FSDP2: split weights, gradients, optimiser state and KL reference among the "
-        "processes of torchrun. 'auto': if a replica does not fit the card, at 16 bytes per "
-        "trained weight and 4 per weight of the reference")
+        "processes of torchrun. 'auto': if a replica does not fit the card, as --dry_run tells it")
 
     # evaluation on held-out rows, and saved states
     max_new_tokens: int = knob(112, "of the held-out answers; targets with more are counted")
@@ -83,7 +82,7 @@ class Config:
 # MSRL A.2: 1e-5, 128, 3 epochs; 5.1: 40k rows of HelpSteer3
 PAPER = dict(**common.BACKBONES["internvl"], data="nvidia/HelpSteer3", heldout="", lr=1e-5,
              batch_size=128, epochs=3, micro_batch=1, max_prompt_tokens=4096, max_new_tokens=1024,
-             gradient_checkpointing=True, skip_bad_rows=True)
+             gradient_checkpointing=True, skip_bad_rows=True, eval_batch=4)
 # The generative baseline (A.2): one epoch over all labelled multimodal rows, those of stages 2 and
 # 3 together, with pixels and a vision tower that learns
 PAPER_LABEL = dict(data=TABLE_5.format(13000, 5000, 5219, 6666, 5000, 4595), epochs=1,
@@ -212,8 +211,8 @@ def finetune(model, encoder, rows, target, heldout, state, cfg, stage, may_swap,
             common.log_step(cfg.out, {
                 "step": step + 1, "loss": nll, "grad_norm": norm,
                 "skipped_steps": int(not math.isfinite(norm)), "num_tokens": tokens,
-                "step_time": time.time() - began, "peak_memory_gb": common.peak_memory_gb()},
-                cfg.tracker)
+                "step_time": time.time() - began, "peak_memory_gb": common.peak_memory_gb(),
+                **common.first_change(optimizer)}, cfg.tracker)
         if stop or (step + 1) % cfg.save_every == 0 or step + 1 == steps:
             common.save_state(cfg.out, model, optimizer, step + 1, cfg, **kept)
         if stop:

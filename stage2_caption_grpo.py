@@ -136,8 +136,7 @@ class Config:
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
     shard: Literal["auto", "yes", "no"] = knob(
         "auto", "FSDP2: split weights, gradients, optimiser state and KL reference among the "
-        "processes of torchrun. 'auto': if a replica does not fit the card, at 16 bytes per "
-        "trained weight and 4 per weight of the reference")
+        "processes of torchrun. 'auto': if a replica does not fit the card, as --dry_run tells it")
 
     # evaluation on held-out rows, and logs
     eval_every: int = knob(20, "steps between looks at the held-out rows; 0 = only at the end")
@@ -166,13 +165,13 @@ class Config:
         n_replay(self)
 
 
-PAPER = dict(heldout="", micro_batch=1, rollout_batch=2, lr=1e-6, temperature=0.9, save_every=200,
+PAPER = dict(heldout="", micro_batch=1, lr=1e-6, temperature=0.9, save_every=200,
              gradient_checkpointing=True, skip_bad_rows=True,
              data=TABLE_5.format(5000, 2500, 2580, 4323, 2500, 2539),
              captioner="OpenGVLab/InternVL3_5-8B-HF", caption_prompt="Describe this in detail.",
-             replay="wangclnlp/GRAM-RR-TrainingData:4000", replay_candidates=4000,
+             replay="wangclnlp/GRAM-RR-TrainingData:4000", replay_candidates=4000, rollout_batch=1,
              batch_size=24, max_steps=972,  # 20 + 4 prompts: of 16, no 5:1 can be made
-             max_prompt_tokens=4096, max_new_tokens=1024)
+             max_prompt_tokens=4096, max_new_tokens=1024, eval_batch=8)
 PRESETS = {"paper": PAPER}
 
 
@@ -300,7 +299,7 @@ def grpo_update(model, ref, encoder, optimizer, prompts, answers, advantage, kee
         skipped += not math.isfinite(norm)
     loss, = sum_over_ranks(totals.pop("loss") / len(minis))
     return {"loss": loss, "grad_norm": norm, "skipped_steps": skipped, **token_means(totals),
-            **token_means(difference)}
+            **token_means(difference), **common.first_change(optimizer)}
 
 
 def pieces(start, stop, size):

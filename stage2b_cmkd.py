@@ -82,8 +82,7 @@ class Config:
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
     shard: Literal["auto", "yes", "no"] = knob(
         "auto", "FSDP2: split weights, gradients, optimiser state and KL reference among the "
-        "processes of torchrun. 'auto': if a replica does not fit the card, at 16 bytes per "
-        "trained weight and 4 per weight of the reference")
+        "processes of torchrun. 'auto': if a replica does not fit the card, as --dry_run tells it")
 
     # evaluation on held-out rows, and saved states
     eval_batch: int = knob(128, "judgements decoded together")
@@ -93,7 +92,7 @@ class Config:
 
 
 PAPER = dict(data="runs/stage2_caption_grpo/captioned.jsonl", media_root="data", heldout="",
-             lr=2e-6, batch_size=128, micro_batch=1, epochs=1,
+             lr=2e-6, batch_size=128, micro_batch=1, epochs=1, rollout_batch=8, eval_batch=4,
              max_prompt_tokens=8192, max_new_tokens=1024, gradient_checkpointing=True,
              skip_bad_rows=True)
 PRESETS = {"paper": PAPER}

@@ -133,8 +133,7 @@ class Config:
     gradient_checkpointing: bool = knob(False, "recompute activations: slower, far less memory")
     shard: Literal["auto", "yes", "no"] = knob(
         "auto", "FSDP2: split weights, gradients, optimiser state and KL reference among the "
-        "processes of torchrun. 'auto': if a replica does not fit the card, at 16 bytes per "
-        "trained weight and 4 per weight of the reference")
+        "processes of torchrun. 'auto': if a replica does not fit the card, as --dry_run tells it")
 
     # evaluation on held-out rows, and logs
     eval_every: int = knob(20, "steps between looks at the held-out rows; 0 = only at the end")
@@ -162,11 +161,11 @@ class Config:
             raise ValueError("--pre_clip must be above 1, or 0 for off")
 
 
-PAPER = dict(heldout="", micro_batch=1, rollout_batch=2, lr=1e-6, temperature=0.9, save_every=200,
+PAPER = dict(heldout="", micro_batch=1, lr=1e-6, temperature=0.9, save_every=200,
              gradient_checkpointing=True, skip_bad_rows=True,
              data=TABLE_5.format("8000@5000", "2500@2500", "2639@2580", "2343@4323",
                                  "2500@2500", "2056@2539"),
-             batch_size=16, max_steps=1_252,
+             batch_size=16, max_steps=1_252, rollout_batch=1, eval_batch=4,
              max_prompt_tokens=8192, max_new_tokens=2048)  # two captions, and 2b's rationale
 PRESETS = {"paper": PAPER, "r1": R1_RL}
 
@@ -295,7 +294,7 @@ def grpo_update(model, ref, encoder, optimizer, prompts, answers, advantage, kee
         skipped += not math.isfinite(norm)
     loss, = sum_over_ranks(totals.pop("loss") / len(minis))
     return {"loss": loss, "grad_norm": norm, "skipped_steps": skipped, **token_means(totals),
-            **token_means(difference)}
+            **token_means(difference), **common.first_change(optimizer)}
 
 
 def pieces(start, stop, size):

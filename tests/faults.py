@@ -6,7 +6,8 @@ short form of it.
 
     kills    each training script is ended by SIGKILL at random moments of its run, and a few times
              by SIGTERM, and started again each time. In the end its weights, logs and held-out
-             figures are those of a run that nobody ended, to the bit.
+             figures are those of a run that nobody ended, to the bit. One is a run of two
+             processes with --shard yes, which are killed together.
     ranks    one of two processes dies; how long does the other wait for it?
     rows     JSON of wrong types, cut, forged, endless: it is used or refused, by its file and line
     media    cut and altered pictures and videos, and what only calls itself one: the same
@@ -22,6 +23,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -66,6 +68,8 @@ def runs_of(world):
         "stage0_sft": (stage0_sft.main, {**sft, "data": world / "sft.jsonl", "epochs": 6}),
         "stage1_text_grpo": (stage1_text_grpo.main, {
             **rl, "data": world / "text_rl.jsonl", "batch_size": 4}),
+        "stage1_sharded": (stage1_text_grpo.main, {
+            **rl, "data": world / "text_rl.jsonl", "batch_size": 4, "shard": "yes"}),
         "stage2_caption_grpo": (stage2_caption_grpo.main, {
             **rl, "data": world / "bare.jsonl", "captioner": PREBUILT, "batch_size": 6,
             "replay": world / "text_rl.jsonl", "replay_candidates": 12}),
@@ -90,20 +94,36 @@ def make_judge(world):
     write(world / "taught.jsonl", taught)
     bare = [{**row, "captions": []} for row in lines(world / "mm_rl.jsonl")]
     write(world / "bare.jsonl", bare)
-    code = wait(start(stage0_sft.main, {
+    code = wait(start_all(stage0_sft.main, {
         "model": PREBUILT, "data": world / "taught.jsonl", "form": "caption", "heldout": "",
         "epochs": 30, "batch_size": 8, "micro_batch": 8, "lr": 2e-3}, world / "judge"))
     if code:
         raise SystemExit(Path(f"{world}/judge.log").read_text())
 
 
-def start(main, settings, out):
+def start_all(main, settings, out):
+    """-> the ids of the processes of a run: of two with --shard yes, in torchrun's variables."""
+    if settings.get("shard") != "yes":
+        return [start(main, settings, out, {})]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in ("0", "1"):
+        processes.append(start(main, settings, out, {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}))
+    return processes
+
+
+def start(main, settings, out, variables):
     """main() with these flags in a process of its own, which writes to OUT.log. -> its id"""
     process = os.fork()
     if process:
         return process
     code = 1
     try:
+        os.environ.update(variables)
         torch.set_num_threads(1)  # makes torch's pool anew, before threads of ours race to do it
         log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
@@ -122,9 +142,10 @@ def start(main, settings, out):
         os._exit(code)
 
 
-def wait(process):
-    """-> its exit code, -9 for SIGKILL"""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+def wait(processes):
+    """-> their exit code, 0 only if all have it, -9 for SIGKILL"""
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    return max(codes, key=abs)
 
 
 def progress_of(out, steps):
@@ -170,7 +191,7 @@ class Killed:
         self.name, self.main, self.settings, self.rng = name, main, settings, rng
         self.unbroken, self.out = folder / f"{name}-unbroken", folder / f"{name}-killed"
         began = time.time()
-        code = wait(start(main, settings, self.unbroken))
+        code = wait(start_all(main, settings, self.unbroken))
         self.seconds = time.time() - began
         if code:
             log = Path(f"{self.unbroken}.log").read_text()
@@ -183,10 +204,11 @@ class Killed:
 
     def end_once(self, number):
         """Start it, or go on with it, and send the signal at a random moment. -> was it there?"""
-        process = start(self.main, self.settings, self.out)
+        processes = start_all(self.main, self.settings, self.out)
         time.sleep(self.rng.uniform(0, self.seconds))
-        os.kill(process, number)
-        code = wait(process)
+        for process in processes:
+            os.kill(process, number)
+        code = wait(processes)
         if code == 0:
             self.compare()
             return False
@@ -216,7 +238,7 @@ class Killed:
             there = 0
             while there < wanted:
                 there += self.end_once(number)
-        code = wait(start(self.main, self.settings, self.out))
+        code = wait(start_all(self.main, self.settings, self.out))
         if code:
             self.problems.append(f"did not go on: {code}")
         else:
@@ -240,7 +262,9 @@ def kill_scripts(names, kills, terms, folder, rng):
     for name, (main, settings) in runs_of(world).items():
         if name in names:
             killed = Killed(name, main, settings, folder, rng)
-            print(killed.run(kills, terms), flush=True)
+            # a SIGTERM that comes before both are in their loop ends them in several ways
+            sharded = settings.get("shard") == "yes"
+            print(killed.run(kills, 0 if sharded else terms), flush=True)
             wrong += len(killed.problems)
     return wrong
 

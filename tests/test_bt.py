@@ -11,11 +11,13 @@ import pytest
 import toy_world
 import torch
 import wrong_versions
-from helpers import flags, lines, rejects, run_here, small_world, torchrun, weights_of
+from helpers import (
+    flags, lines, rejects, run_here, small_world, text_only_model, torchrun, weights_of)
 from safetensors.torch import load_file
 
 import bt_reward as bt
 import common
+import dry_run
 import eval as ev
 
 SETTINGS = {"head_layers": 2, "head_activation": "silu", "t2i": "pair", "length_norm": False,
@@ -41,6 +43,22 @@ def reward_model():
 
 def rows_of(world, name, encoder, settings=SETTINGS):
     return bt.load_pairs(str(world / f"{name}.jsonl"), encoder, settings, bt.Config())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_that_nothing_uses_is_frozen(encoder, tied):
+    # And what is trained has a gradient. kills: a head of zeros and moments on several processes,
+    # tied embeddings that do not learn, another count in --dry_run
+    model = text_only_model(encoder.tokenizer, tied)
+    bt.add_head(model, dict(SETTINGS))
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == [] if tied else frozen == ["lm_head.weight"]
+    model(last=torch.ones(1, 5, dtype=torch.bool),
+          input_ids=torch.arange(5)[None]).square().sum().backward()
+    trained = common.trainable(model)
+    assert all(parameter.grad.norm() > 0 for parameter in trained)
+    size = dry_run.measure("toy", model.config, bt.Config())
+    assert size.trained == sum(parameter.numel() for parameter in trained)
 
 
 # ------------------------------------------------------------------------------------ loss and head

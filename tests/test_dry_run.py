@@ -71,7 +71,7 @@ def in_bf16(monkeypatch):
     """-> a function that turns the autocast of a GPU on or off, here for the CPU."""
     def turn(mixed):
         monkeypatch.setattr(common, "autocast", lambda device: torch.autocast(
-            "cpu", torch.bfloat16, enabled=mixed))
+            "cpu", torch.bfloat16, enabled=mixed, cache_enabled=not torch.is_grad_enabled()))
     return turn
 
 
@@ -262,8 +262,8 @@ def peak_of_update(name, work, mixed, layers):
 def test_peak_of_an_update(name, layers, work, checkpointing, mixed, in_bf16):
     # A step of the real code at real width, but of fewer layers; most are told to 1 %. kills: 2
     # bytes a gradient, logits counted once, all in fp32 at once, without the factor b, copies of
-    # weights forgotten, those in a forward with checkpointing forgotten, inputs of layers in bf16,
-    # no layer that is recomputed
+    # weights forgotten, or kept in a forward with checkpointing, inputs of layers in bf16, no layer
+    # that is recomputed
     in_bf16(mixed)
     work = replace(work, checkpointing=checkpointing)
     cfg = bt_reward.Config() if work.kind == "bt" else None
@@ -272,7 +272,7 @@ def test_peak_of_an_update(name, layers, work, checkpointing, mixed, in_bf16):
     assert dry_run.weight_bytes(size) == pytest.approx(weights, rel=0.01)  # bt: without its head
     assert dry_run.gradient_bytes(size) == pytest.approx(gradients, rel=0.02)
     told = dry_run.update_bytes(size, work, mixed)
-    assert told == pytest.approx(peak, rel=0.1)
+    assert told == pytest.approx(peak, rel=0.1 if work.kind == "bt" else 0.03)
 
 
 @pytest.mark.parametrize("mixed", [True, False], ids=["bf16", "fp32"])
@@ -413,6 +413,31 @@ def test_sharded():
     gathered = 4 * outside + 4 * 2 * layer + 4 * outside + 4 * layer  # weights; gradients
     saved += whole["gradients"] * 7 / 8
     assert whole["update"] - part["update"] == pytest.approx(saved - gathered)
+
+
+@pytest.mark.parametrize("script, change", [
+    (stage0_sft, {}), (stage0_sft, {"target": "label"}), (stage1, {}), (stage2, {}), (cmkd, {}),
+    (stage3, {}), (bt_reward, {})],
+    ids=lambda part: getattr(part, "__name__", "label" if part else "-"))
+def test_the_papers_presets_fit(script, change):
+    # 8B split among eight cards of 80 GB, also with rows to judge. kills: 32 rows sampled together
+    # in stage 2b, 128 rows judged together, two prompts of stage 3 sampled together
+    values = script.PRESETS["paper"]
+    cfg = script.Config(**change)
+    values = values(cfg) if callable(values) else values
+    cfg = replace(cfg, **values | {"heldout": "rows.jsonl"})
+    size = dry_run.measure("8B", dry_run.internvl_config("8B"), cfg)
+    work = dry_run.work_of(cfg, 8, getattr(script, "FORM", "pixels"))
+    terms = dry_run.memory(size, work, 8)
+    assert (terms["judge"] > 0) == (script is not bt_reward)
+    assert max(terms[name] for name in dry_run.PEAKS) < dry_run.CARDS["80 GB"] * GIB
+    assert cfg.eval_batch <= 8
+
+
+@pytest.mark.parametrize("total, left", [(79, 75), (23.5, 21), (39.5, 37), (140, 133.7)])
+def test_room_on_a_card(total, left):
+    # kills: the same reserve, or the same share, on all cards
+    assert dry_run.room(total) == pytest.approx(left, abs=0.05)
 
 
 def test_largest_batches():

@@ -204,6 +204,84 @@ def test_three_broken_gradients_in_a_row_stop_the_run(world, tmp_path, monkeypat
     assert all(torch.isfinite(weight).all() for weight in weights)
 
 
+# -------------------------------------------------------------------------- steps without an effect
+def stepped(weights, gradients, lr=1e-6):
+    """One step on these tensors -> the share that first_change() tells; None: it tells none"""
+    model = torch.nn.ParameterList(weights)
+    optimizer = common.make_optimizer(model, lr)
+    for parameter, gradient in zip(model, gradients, strict=True):
+        parameter.grad = gradient
+    common.optimizer_step(optimizer, list(model), 1.0)
+    share = common.first_change(optimizer).get("changed_share")
+    assert common.first_change(optimizer) == {}
+    return share
+
+
+def test_a_step_that_rounds_away_stops_the_run():
+    # kills: fp32 copies that are compared, a norm of 0 that stops a run, a share of the samples
+    torch.manual_seed(0)
+    sizes = [(3, 5), (37, 5000), (7,)]  # the second is sampled
+    weights = [0.01 + torch.rand(size) for size in sizes]
+    gradients = [torch.randn(size) for size in sizes]
+    assert stepped(weights, gradients) == 1.0
+    halves = [weight.bfloat16() for weight in weights]
+    with pytest.raises(SystemExit, match="changed no weight.*--lr 1e-06 .*bfloat16"):
+        stepped(halves, [gradient.bfloat16() for gradient in gradients])
+    assert stepped(halves, [gradient.bfloat16() for gradient in gradients], lr=1e-2) > 0.9
+    assert stepped(weights, [torch.zeros(size) for size in sizes]) is None
+    # the tensor of 15 alone has a gradient, and every other column of the large one
+    gradients[2].zero_()
+    gradients[1][:, ::2] = 0
+    total = 15 + 37 * 5000 + 7
+    assert stepped(weights, gradients) == pytest.approx((15 + 37 * 2500) / total, abs=0.001)
+    assert stepped([weights[0], weights[2]], [gradients[0], gradients[2]]) == 15 / 22
+
+
+def test_the_first_step_that_counts_is_told_once():
+    # Steps without a gradient, or with one that is no number, are not the first. kills: a share in
+    # every step, one of a step that was left out, one of a step without a gradient
+    told = []
+    model = torch.nn.Linear(7, 5)
+    optimizer = common.make_optimizer(model, 1e-2)
+    for factor in (torch.nan, 0.0, 0.0, torch.inf, 1.0, 1.0):
+        model(torch.ones(3, 7)).sum().backward()
+        for parameter in model.parameters():
+            parameter.grad *= factor
+        common.optimizer_step(optimizer, list(model.parameters()), 1.0)
+        told.append(common.first_change(optimizer))
+    assert told == [{}, {}, {}, {}, {"changed_share": 1.0}, {}]
+
+
+@pytest.mark.parametrize("script", [stage0_sft, stage1, bt_reward],
+                         ids=lambda script: script.__name__)
+def test_the_first_step_of_a_run_tells_its_share(world, tmp_path, monkeypatch, script):
+    # The real scripts, ended and resumed; the share against all weights before and after. kills: a
+    # share in every line, or in none, or in the first line of a resumed run again
+    shares, real = [], common.watched_step
+
+    def watched(optimizer, parameters, norm):
+        before = [parameter.detach().clone() for parameter in parameters]
+        real(optimizer, parameters, norm)
+        changed = [(p != b).flatten() for p, b in zip(parameters, before, strict=True)]
+        shares.append(torch.cat(changed).double().mean().item())
+    monkeypatch.setattr(common, "watched_step", watched)
+    batch_of = common.batch_of
+
+    def ended(rows, step, *settings):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch_of(rows, step, *settings)
+    monkeypatch.setattr(common, "batch_of", ended)
+    with pytest.raises(SystemExit):
+        run(world, script, tmp_path / "run")
+    monkeypatch.setattr(common, "batch_of", batch_of)
+    run(world, script, tmp_path / "run")
+    first, *later = lines(tmp_path / "run" / "metrics.jsonl")
+    assert first["changed_share"] == pytest.approx(shares[0], abs=0.01) and 0.1 < shares[0] <= 1
+    assert len(later) == 3 and not any("changed_share" in metrics for metrics in later)
+    assert len(shares) == 1
+
+
 # ----------------------------------------------------------------------------------------- the disk
 @pytest.mark.skipif(not Path(FULL).exists(), reason="no such device here")
 def test_a_full_disk_leaves_the_old_state(world, tmp_path):

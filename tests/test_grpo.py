@@ -917,7 +917,8 @@ def recorder(model, lr=0.0):
         for p in params:
             if p.grad is not None:
                 p -= lr * p.grad / seen[-1].norm().float()
-    return SimpleNamespace(step=step, zero_grad=lambda set_to_none: model.zero_grad()), seen
+    return SimpleNamespace(step=step, state={0: {}},  # of steps before
+                           zero_grad=lambda set_to_none: model.zero_grad()), seen
 
 
 def update(world, cfg, prompts, answers, adv, keep, ref=None, lr=0.0, encoder=None, model=None):

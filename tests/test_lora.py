@@ -259,7 +259,8 @@ def test_gradient_of_a_grpo_step_is_the_chain_rule(world, checkpointing):
         def step():
             gradients[model] = {name: p.grad.double() for name, p in model.named_parameters()
                                 if p.grad is not None}
-        return SimpleNamespace(step=step, zero_grad=lambda set_to_none: model.zero_grad())
+        return SimpleNamespace(step=step, state={0: {}},  # of steps before
+                               zero_grad=lambda set_to_none: model.zero_grad())
     cfg = settings(gradient_checkpointing=checkpointing)
     if checkpointing:
         model.gradient_checkpointing_enable()

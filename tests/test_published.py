@@ -5,11 +5,14 @@ that make a test fail.
 """
 
 import base64
+import contextlib
 import gzip
 import io
 import json
+import random
 import re
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +24,7 @@ from PIL import Image
 
 import bt_reward
 import common
-from data import better_first, convert, held_out, load_rows
+from data import better_first, convert, held_out, load_rows, r1_sections
 import stage0_sft
 import stage1_text_grpo as stage1
 import stage2_caption_grpo as stage2
@@ -384,6 +387,42 @@ def test_r1_reward(here, encoder):
                   {"message": json.dumps([{"role": "user", "content": "no sections"}])}):
         with pytest.raises(common.BadRow):
             list(convert({**make[0], **wrong}, 0))
+
+
+def test_sections_of_r1_reward_are_cut_as_one_pattern_would():
+    # Against the pattern that says what a section is, which is too slow for users' text. kills: a
+    # # of a response lost, the last heading for the first, a heading without #
+    pattern = re.compile(r"\[Question\]:?(.*?)#+ *\[Response 1\]:?(.*?)#+ *\[Response 2\]:?(.*?)"
+                         r"(?:#+ *\**Output Format.*)?$", re.DOTALL)
+    pieces = ("[Question]", "[Response 1]", "[Response 2]", "Output Format", "# ", "#", " ", ":",
+              "*", "\n", "x", "<image>")
+    weights = (2, 3, 3, 2, 5, 2, 1, 1, 1, 1, 2, 1)
+    rng, found = random.Random(0), 0
+    for _ in range(20_000):
+        text = "[Question]" + "".join(rng.choices(pieces, weights, k=rng.randint(5, 25)))
+        match = pattern.search(text)
+        if match is None:
+            with pytest.raises(common.BadRow, match="section is missing"):
+                r1_sections(text)
+            continue
+        found += 1
+        assert r1_sections(text) == [s.replace("<image>", "").strip() for s in match.groups()]
+    assert found > 1000
+
+
+@pytest.mark.parametrize("text", [
+    "[Question]" * 10_000, "[Question]" + "#" * 100_000, "[Question]" + "# " * 50_000,
+    "[Question]#" + " " * 100_000, "[Question]" + "# [Response 1]" * 7_000,
+    "[Question]# [Response 1]" + "# [Response 2]" * 7_000,
+    "[Question]# [Response 1]# [Response 2]" + "#" * 100_000,
+    "[Question]# [Response 1]# [Response 2]#" + " " * 50_000 + "*" * 50_000],
+    ids=lambda text: f"{text[:8]}...{text[-14:]}")
+def test_no_text_makes_r1_reward_slow(text):
+    # kills: one pattern for all (minutes), a # at which the next one has been tried
+    began = time.time()
+    with contextlib.suppress(common.BadRow):
+        r1_sections(text)
+    assert time.time() - began < 1
 
 
 @pytest.mark.parametrize("columns", [

@@ -4,6 +4,8 @@ one process does that holds all; programs/sharded.py is what they run. "kills:" 
 under which a test was seen to fail.
 """
 
+import contextlib
+import io
 import runpy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 
 import bt_reward
 import common
+import dry_run
 import sharding
 import stage0_sft
 import stage1_text_grpo as stage1
@@ -64,6 +67,7 @@ def same_log(one, other, rel):
     for a, b in zip(one, other, strict=True):
         for metrics in (a, b):
             metrics.pop("tasks", None)  # of a reward model: dicts
+        assert a.pop("changed_share", 0) == pytest.approx(b.pop("changed_share", 0), abs=0.01)
         assert lasting(b) == pytest.approx(lasting(a), rel=rel, abs=rel * 1e-2)
 
 
@@ -85,8 +89,19 @@ def test_updates_are_those_of_one_process(out, n, rank):
                for name, gradient in one["gradients"][0].items())
     assert distance(one["weights"], here["weights"]) < 1e-6
     for a, b in zip(one["metrics"], here["metrics"], strict=True):
+        for metrics in (a, b):
+            metrics.pop("changed_share", None)  # below
         assert a["kl"] > 0.01 and a["clip_ratio/low_mean"] > 0.05 and a["grad_norm"] > 0.3
         assert b == pytest.approx(a, rel=1e-6)
+
+
+@pytest.mark.parametrize("n, rank", RANKS)
+def test_the_share_that_changed_is_that_of_all_parts(out, n, rank):
+    # Of a large tensor the parts have other samples. kills: the share of a process's own part
+    first, second = (m.get("changed_share") for m in seen(out, n, rank)["metrics"])
+    alone = seen(out, 1, 0)["metrics"][0]["changed_share"]
+    assert first == pytest.approx(alone, abs=1e-4) and 0.9 < alone < 1 and second is None
+    assert first == seen(out, n, 0)["metrics"][0]["changed_share"]
 
 
 @pytest.mark.parametrize("n, rank", RANKS)
@@ -197,40 +212,43 @@ def test_a_whole_stage_does_the_same(out):
 
 
 # ----------------------------------------------------------------------------------------- the knob
-CFG = stage1.Config(shard="auto", beta=0.04, freeze_vision=True)
+CFG = stage1.Config(shard="auto", beta=0.04, freeze_vision=True, batch_size=8, micro_batch=1,
+                    rollout_batch=1, heldout="", gradient_checkpointing=True)
 
 
-def test_bytes_of_a_replica():
-    """By hand: 3 x 5 trained, 7 frozen. kills: no gradient, no reference, moments of the frozen"""
-    model = torch.nn.Sequential(torch.nn.Linear(5, 3, bias=False), torch.nn.Linear(7, 1, False))
-    model[1].requires_grad_(False)
-    assert sharding.replica_bytes(model, replace(CFG, beta=0.0)) == 4 * (22 + 3 * 15)
-    assert sharding.replica_bytes(model, CFG) == 4 * (22 + 22 + 3 * 15)
-    assert sharding.replica_bytes(model, stage0_sft.Config()) == 4 * (22 + 3 * 15)
-
-
-@pytest.mark.parametrize("change, gigabytes", [
-    ({}, 20 * 3 + 8), ({"beta": 0.0}, 16 * 3 + 4), ({"freeze_vision": False}, 20 * 4)])
-def test_auto_shards_what_does_not_fit(monkeypatch, change, gigabytes):
-    # 3e9 trained weights and a tower of 1e9, on cards just below and above what is needed.
-    # kills: 16 bytes for frozen weights too, the reference forgotten
-    with torch.device("meta"):
-        model = torch.nn.Module()
-        model.language = torch.nn.Linear(30_000, 100_000, bias=False)
-        model.vision_tower = torch.nn.Linear(10_000, 100_000, bias=False)
-    monkeypatch.setattr(common, "load", lambda folder, device, made_by: (model, None))
+@pytest.mark.parametrize("change", [
+    {}, {"beta": 0.0}, {"freeze_vision": False}, {"micro_batch": 4}, {"rollout_batch": 8},
+    {"heldout": "rows.jsonl", "eval_batch": 512}], ids=lambda change: "-".join(change) or "plain")
+def test_auto_shards_what_does_not_fit(monkeypatch, change):
+    # InternVL3.5 1B, on cards just above and below what --dry_run says of one of two replicas.
+    # kills: an estimate of its own, one of the peaks instead of the largest, all prompts on one
+    # process, another card's reserve
+    blank = SimpleNamespace(config=dry_run.internvl_config("1B"))
+    monkeypatch.setattr(common, "load", lambda folder, device, made_by: (blank, None))
     monkeypatch.setattr(common, "gather_list", list)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    cfg, answers = replace(CFG, **change), []
-    for total in (gigabytes * 1e9 / 0.79, gigabytes * 1e9 / 0.81):
-        card = SimpleNamespace(total_memory=total)
+    cfg = replace(CFG, **change)
+    answers, needed = [], most_of_a_replica(cfg)
+    for room in (needed + 0.1, needed - 0.1):
+        total = max(room + 2.5, (room + 1) * 79 / 76)  # with the reserve
+        card = SimpleNamespace(total_memory=total * 2 ** 30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
         answers.append(sharding.wanted(cfg, torch.device("cuda")))
     assert answers == [False, True]
     for other in (replace(cfg, shard="no"), replace(cfg, lora_rank=4)):
         assert not sharding.wanted(other, torch.device("cuda"))
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert not sharding.wanted(CFG, torch.device("cuda"))
+    assert not sharding.wanted(cfg, torch.device("cuda"))
+
+
+def most_of_a_replica(cfg):
+    """GiB, read off the table that --dry_run prints"""
+    size = dry_run.measure("1B", dry_run.internvl_config("1B"), cfg)
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        dry_run.print_line(size, dry_run.work_of(cfg, 2, "pixels"), 2, 1)
+    cells = told.getvalue().split()[3:]
+    return max(map(float, cells[len(dry_run.TERMS) - len(dry_run.PEAKS):len(dry_run.TERMS)]))
 
 
 def test_what_cannot_be_sharded_is_refused(world, tmp_path, monkeypatch):

@@ -55,7 +55,8 @@ def gradient(normaliser, micro_batch, mini_batch=0):
             for p in model.parameters():
                 if p.grad is not None:
                     p -= 0.05 * p.grad / norm
-    optimizer = types.SimpleNamespace(step=step, zero_grad=lambda set_to_none: model.zero_grad())
+    optimizer = types.SimpleNamespace(step=step, state={0: {}},  # of steps before
+                                      zero_grad=lambda set_to_none: model.zero_grad())
     cfg = stage1.Config(normaliser=normaliser, micro_batch=micro_batch, mini_batch=mini_batch,
                         beta=0.1, max_grad_norm=float("inf"))
     mine = slice(common.rank(), None, common.world())
