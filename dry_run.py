@@ -470,12 +470,6 @@ def adamw_temporaries(size, fused=True, shards=1):
     return 0 if fused else 4 * size.trained / shards
 
 
-def cast_bytes(size):
-    """Weights in bf16: while it samples, autocast keeps its copy of every linear weight that is
-    trained. In training it keeps none (common.autocast), but autograd does: kept_activations()."""
-    return 0 if size.lora else 2 * size.linear
-
-
 def layer_activations(size, rows, length, mixed=True):
     """What autograd keeps of one layer of Qwen3 for `rows` sequences of `length` tokens. `mixed`:
     under autocast, else in fp32."""
@@ -582,7 +576,7 @@ def cache_bytes(size, prompts, tokens, mixed=True):
 def sampling_bytes(size, work, prompts, samples, mixed=True):
     """The peak of sampling beyond weights: when the prompts are run, when the last token is, or
     when it is drawn."""
-    number, casts = (2, cast_bytes(size)) if mixed else (4, 0)
+    number = 2 if mixed else 4
     q = size.text.num_attention_heads * size.head_dim
     # of one layer without gradients: its inputs, and the widest of what it makes of them
     width = 12 * size.text.hidden_size + max(3 * number * size.text.intermediate_size, 14 * q)
@@ -590,13 +584,17 @@ def sampling_bytes(size, work, prompts, samples, mixed=True):
     roomy = min(most, 3 * work.prompt // 2)  # decoding.RoomyLayer
     begins = cache_bytes(size, prompts, roomy, mixed) + prompts * work.prompt * width
     begins += prompts * work.prompt ** 2 * (1 + number)  # the mask, as truth values and numbers
+    cast_weight, cast_head = 0, 0
+    if mixed:  # autocast's copies of the weight at work
+        cast_weight = 2 * size.text.hidden_size * size.text.intermediate_size
+        cast_head = 2 * size.head
     if size.vision and work.tiles:
         width = 10 * size.vision.hidden_size + 2 * number * size.vision.intermediate_size
         begins += prompts * work.tiles * (TILE * width + 4 * TILE_PIXELS)
     ends = cache_bytes(size, prompts, most, mixed)
     # draw(): logits, their log-softmax in fp32, sums and what they add up in float64
     drawn = (number + 4 + 2 * 8) * prompts * samples * size.text.vocab_size
-    return max(begins + casts, ends + casts, ends + drawn)
+    return max(begins + cast_weight, ends + cast_head, ends + drawn)
 
 
 # Sharded: each process holds a part of what is always there and of the gradients, and gathers.

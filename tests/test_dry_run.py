@@ -71,7 +71,7 @@ def in_bf16(monkeypatch):
     """-> a function that turns the autocast of a GPU on or off, here for the CPU."""
     def turn(mixed):
         monkeypatch.setattr(common, "autocast", lambda device: torch.autocast(
-            "cpu", torch.bfloat16, enabled=mixed, cache_enabled=not torch.is_grad_enabled()))
+            "cpu", torch.bfloat16, enabled=mixed, cache_enabled=False))
     return turn
 
 
@@ -154,7 +154,7 @@ def test_an_adapter_trains_little():
     assert size.trained == 36 * layer
     assert dry_run.adamw_bytes(size) == 8 * 36 * layer
     assert dry_run.weight_bytes(size) == 4 * size.parameters
-    assert dry_run.reference_bytes(size, work) == 0 and dry_run.cast_bytes(size) == 0
+    assert dry_run.reference_bytes(size, work) == 0
     assert size.parameters == 4_732_489_216 + size.trained
 
 
@@ -390,7 +390,7 @@ def test_terms_by_hand():
     always = 8 * every + 8 * trained
     linear = trained - 151_936 * 4096 - (2 * 36 + 1) * 4096 - 36 * 2 * 128  # no embeddings, norms
     assert size.linear == linear
-    assert terms["sample"] == always + 2 * linear + terms["cache"]
+    assert terms["sample"] == always + 2 * 151_936 * 4096 + terms["cache"]  # the head in bf16
     assert terms["update"] > always + 4 * trained + terms["logits"] + terms["activations"] - 1
     assert terms["step"] == always + 4 * trained
 
