@@ -260,3 +260,15 @@ def test_pages(number, capsys):
         lab.hint(number, 9)
     lab.list_labs()
     assert f"Lab {number}: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", sum(exercises.PARTS.values(), []), ids=lambda part: part.name)
+def test_a_hidden_seed_asks_something_else(part):
+    """Answers learned by heart do not help: another seed has cases that this one has not.
+    kills: cases that do not depend on the seed"""
+    def answers(seed):
+        return [answer for _, answer in sorted(diagnosis.answers_of_right(part, seed).items())]
+    assert str(part.cases(0)) != str(part.cases(73021))
+    assert str(part.cases(5)) == str(part.cases(5))
+    if part.name not in ("sample_group", "mixed_batch"):  # asked what is true of every draw
+        assert not diagnosis.same(answers(0), answers(73021), part.tolerance)
