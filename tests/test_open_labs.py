@@ -5,6 +5,7 @@ what is wrong with them. "kills:" names plausible wrong versions that make a tes
 """
 
 import json
+import re
 import sys
 
 import pytest
@@ -20,6 +21,7 @@ sys.path.append(str(TESTS / "labs"))
 import ablate  # noqa: E402  (it is on the path only now)
 import bugs  # noqa: E402  (as above)
 import lab  # noqa: E402  (as above)
+import own_rows  # noqa: E402  (as above)
 
 MODULES = {"common.py": common, "stage1_text_grpo.py": stage1}
 NAMES = [bug.name for bug in bugs.BUGS]
@@ -209,3 +211,117 @@ def test_an_ablation_from_flags_to_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ablate.py", "mine"])
     with pytest.raises(SystemExit):
         ablate.main()
+
+
+# --------------------------------------------------------------------------------- 13: own rows
+WORDS = [f"{colour} {shape}" for colour in toy_world.COLOURS for shape in toy_world.SHAPES]
+
+
+def own_row(n, label=None, **change):
+    """The n-th of many different text rows; the better response is as long as the other, and says
+    another thing in each row."""
+    colour, other = WORDS[n % 30], WORDS[(n + 1 + n // 30) % 30]
+    label = label or "AB"[n % 2]
+    responses = [f"it is {colour} .", f"it is {other} ."]
+    row = text_row(id=str(n), responses=responses[::1 if label == "A" else -1], label=label,
+                   prompt=f"thing of {toy_world.PEOPLE[n % 6]} {'? ' * (n // 30 + 1)}")
+    return row | change
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A function that writes rows as somebody's lab and has them examined. -> the report as text"""
+    def examine(train=(), heldout=(), n=150):
+        rows = [own_row(i) for i in range(200)]
+        write(tmp_path / "train.jsonl", [*rows[:n], *train])
+        write(tmp_path / "heldout.jsonl", [*rows[150:], *heldout])
+        report = own_rows.examine(tmp_path)
+        assert report["passed"] == ("problem" not in " ".join(report["lines"]))
+        return "\n".join(report["lines"])
+    return examine
+
+
+def test_good_rows_pass(own):
+    """kills: any alarm that rows without a fault set off"""
+    said = own()
+    assert "problem" not in said and "note" not in said, said
+    assert "150 training rows, 50 held out" in said
+
+
+@pytest.mark.parametrize("rows, said", [
+    (["no row"], "train.jsonl:151 is no JSON object"),
+    ([own_row(300, label="C")], "train.jsonl:151 label 'C' is not 'A' or 'B'"),
+    ([own_row(300, responses=["one", "one"])], "151 has twice the same response"),
+    ([own_row(300, responses=["one", "<answer>"])], "151 response B contains '<answer>'"),
+    ([{"task": "image_generation", "id": "1", "prompt": "x", "label": "A",
+       "media": ["a.png", "b.png"]}], "151 is no text row"),
+    ([own_row(3)], "train.jsonl:151 repeats train.jsonl:4"),
+    ([own_row(3, label="A")], "train.jsonl:151 repeats train.jsonl:4"),
+    ([own_row(3) | {"label": "A"}], "train.jsonl:151 contradicts train.jsonl:4"),
+    ([own_row(160)], "heldout.jsonl:11 is held out, and stands in the training rows as "
+                     "train.jsonl:151"),
+    ([own_row(160, label="B")], "heldout.jsonl:11 is held out"),
+    ([own_row(300 + 2 * n) for n in range(40)], "train: A is better in 61% of 190 rows"),
+    ([own_row(300 + n, responses=["long enough ?", "no"][::1 if n % 2 == 0 else -1])
+      for n in range(30)], "the better one is longer in 60% of 208 rows")])
+def test_each_problem_is_named(own, rows, said):
+    """With the line it stands in. kills: a pair with its sides exchanged taken for another one; a
+    repetition that contradicts counted as one that does not; equal lengths counted as shorter"""
+    assert re.search(rf"problem: .*{re.escape(said)}", own(rows)), own(rows)
+
+
+def test_too_few_rows_and_no_file(own, tmp_path):
+    assert "problem: train.jsonl: 149 good rows, 150 are needed" in own(n=149)
+    (tmp_path / "train.jsonl").unlink()
+    said = lab_py("check", 13, "--dir", tmp_path, code=1)
+    assert "train.jsonl is not there; python tests/labs/make_rows.py writes one" in said
+    assert "not yet" in said
+
+
+def test_words_that_tell_and_words_that_are_new(own):
+    """kills: a word of both responses counted; the new words of the toy world's own sections"""
+    polite = []
+    for n in range(30):
+        row = own_row(300 + n, rationale="Feedback:\nsays red\nConclusion:\nA")
+        better = "AB".index(row["label"])
+        row["responses"][better] = "please take the zebra !"
+        row["responses"][1 - better] = "I take the zebra , no ?"
+        polite.append(row)
+    said = own(polite)
+    assert "note: 'please' stands in the better one in 100% of 30 rows" in said
+    assert "'zebra'" not in said and "'I' stands in the worse one in 100% of 30 rows" in said
+    new = re.search(r"note: (\d+) words are new .+: (.+)", said)
+    assert new[1] == "5" and "zebra 60" in new[2] and "Feedback" not in new[2]
+
+
+def test_shortcuts_by_hand():
+    """kills: a rule that looks at the held-out labels for its direction"""
+    train = [text_row(responses=["much longer", "short"]), text_row(responses=["so long", "so"])]
+    heldout = [text_row(responses=["it", "longer"]), text_row(responses=["longer so", "it"]),
+               text_row(responses=["a", "bc"]), text_row(responses=["a", "b"], label="B")]
+    found = own_rows.shortcuts(train, heldout)
+    assert found["the longer one"] == pytest.approx((0 + 1 + 0 + 0.5) / 4)
+    assert found["the first one"] == pytest.approx(3 / 4)
+
+
+def test_the_example_passes_and_can_be_ranked(tmp_path):
+    """Another seed gives other rows, the same seed the same.
+    kills: a label without its coin; the best candidate not the first"""
+    texts = {}
+    for seed in (3, 3, 4):
+        run_there([TESTS / "labs" / "make_rows.py", "--out", tmp_path, "--seed", seed])
+        text = (tmp_path / "train.jsonl").read_text()
+        assert texts.setdefault(seed, text) == text
+    assert texts[3] != texts[4]
+    assert own_rows.examine(tmp_path)["passed"]
+    for row in lines(tmp_path / "train.jsonl"):
+        person = re.search(r"thing of (\w+) \?", row["prompt"])[1]
+        thing = re.search(rf"{person} (\w+ \w+) \.", row["prompt"])[1]
+        right = [f"it is {thing} " in response for response in row["responses"]]
+        assert right == [row["label"] == "A", row["label"] == "B"]
+        assert f"Response {row['label']} says {thing} against {thing} match" in row["rationale"]
+    for candidates in lines(tmp_path / "candidates.jsonl"):
+        person = re.search(r"thing of (\w+) \?", candidates["prompt"])[1]
+        thing = re.search(rf"{person} (\w+ \w+) \.", candidates["prompt"])[1]
+        right = [f"it is {thing} " in text for text in candidates["candidates"]]
+        assert right == [True, False, False, False]

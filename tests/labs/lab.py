@@ -49,7 +49,7 @@ LABS = {  # number: its page, and what is cut out of which file
     10: ("10_evaluation", {"common.py": ("habits", "majority", "points", "summarize", "wilson"),
                            "eval.py": ("compare",)}),
 }
-NO_BLANKS = {11: "11_bug_hunt", 12: "12_ablation"}
+NO_BLANKS = {11: "11_bug_hunt", 12: "12_ablation", 13: "13_own_preference"}
 PAGES = {number: page for number, (page, _) in LABS.items()} | NO_BLANKS
 # What a script needs to run in the student's folder.
 FILES = ("*.py", "requirements.txt", "tests/toy_world.py", "tests/toy_backbone/*")
