@@ -40,6 +40,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
+import decoding
 import sharding
 from common import knob
 from data import TABLE_5, load_rows
@@ -207,7 +208,7 @@ def score_group(model, encoder, prompts, answers):
     -> scores [N] in fp32, in the order of the answers."""
     device = next(model.parameters()).device
     ids, positions, sees, _, _, owner, media = pack(prompts, answers, encoder.pad_id, device)
-    masks = common.layer_masks(model, sees, positions)
+    masks = decoding.layer_masks(model, sees, positions)
     following = F.pad(owner[:, 1:], (0, 1), value=-1)  # the next token's answer       [b, S]
     last = (owner > 0) & (owner != following)
     scores = model(last=last, input_ids=ids, attention_mask=masks, position_ids=positions, **media)

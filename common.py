@@ -42,12 +42,12 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
-from transformers.cache_utils import Cache, DynamicLayer
 # by its place: without torchvision 5.17 has a dummy by this name at the top
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
+import decoding
 import sharding
 
 transformers.utils.logging.disable_progress_bar()  # its bars are about files; ours are about work
@@ -1096,9 +1096,9 @@ def load(folder, device="cpu", made_by="", shards=False, **encoder_args):
         config = AutoConfig.from_pretrained(folder, **NO_CODE)
         encoder = Encoder(folder, config, **encoder_args)
         model, found = auto.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa",
-            output_loading_info=True, device_map="meta" if str(device) == "meta" else None,
-            **NO_CODE)
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+            attn_implementation=decoding.ATTENTION,
+            device_map="meta" if str(device) == "meta" else None, **NO_CODE)
         if found["missing_keys"]:  # transformers would fill them with random numbers, and go on
             raise ValueError(f"{len(found['missing_keys'])} weights are missing, the first is "
                              f"{sorted(found['missing_keys'])[0]}")
@@ -1122,34 +1122,6 @@ def declare_tied(model):
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = tied
-
-
-def decoding_cache():
-    return Cache(layer_class_to_replicate=RoomyLayer)
-
-
-class RoomyLayer(DynamicLayer):
-    """A layer of the decoding cache, [N, heads, tokens, dim], that leaves room for the tokens to
-    come. Plain DynamicLayer concatenates, so every new token copies all tokens before it."""
-
-    def update(self, keys, values, *args, **kwargs):
-        keys = keys.to(values.dtype)  # under autocast rotary positions leave them in fp32
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-            self.keys, self.values = keys[:, :, :0], values[:, :, :0]
-        self.keys, self.values = self.extend(self.keys, keys), self.extend(self.values, values)
-        return self.keys, self.values
-
-    @staticmethod
-    def extend(old, new):
-        (n, heads, length, dim), end = old.shape, old.shape[2] + new.shape[2]
-        if end > old.stride(1) // old.stride(2):  # one head's share of the memory: is it full?
-            roomy = new.new_empty(n, heads, end + 64, dim)
-            roomy[:, :, :length] = old
-            old = roomy
-        extended = old.as_strided((n, heads, end, dim), old.stride())
-        extended[:, :, length:] = new
-        return extended
 
 
 def freeze_vision(model):
@@ -1230,32 +1202,11 @@ def adapter_merged(model):
             layer.unmerge()
 
 
-def layer_masks(model, sees, positions):
-    """What a token may see [b, 1, L, L] and positions [b, L] -> attention mask for the model. A 4-D
-    mask is taken as it is, so that a layer with a sliding window (Gemma 3, Mistral) would lose its
-    window: it gets a mask of its own, in which what is `sliding_window` positions back is gone."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None)
-    if kinds - {"full_attention", "sliding_attention"}:
-        raise SystemExit(f"{config.model_type}: layers of type {', '.join(sorted(kinds))} are not "
-                         "supported, only full and sliding-window attention.")
-    if window is None or kinds == {"full_attention"}:
-        return sees
-    if positions.dim() == 3:
-        raise SystemExit(f"{config.model_type}: sliding windows are not supported for Qwen-VL.")
-    near = positions[:, None, :, None] - positions[:, None, None, :] < window
-    if not kinds:  # all layers slide, and the model wants one mask
-        return sees & near
-    return {"full_attention": sees, "sliding_attention": sees & near}
-
-
 def autocast(device):
-    """bf16 on a GPU. In training without autocast's cache: a forward needs a weight once, and the
-    cache would keep all of them in bf16 to its end, those a sharded model has let go as well."""
+    """bf16 on a GPU. Without autocast's cache: a forward needs a weight once, and the cache would
+    keep all of them in bf16 to its end, those a sharded model has let go as well."""
     return torch.autocast(torch.device(device).type, torch.bfloat16,
-                          enabled=torch.device(device).type == "cuda",
-                          cache_enabled=not torch.is_grad_enabled())
+                          enabled=torch.device(device).type == "cuda", cache_enabled=False)
 
 
 def save_checkpoint(folder, model, encoder, **info):

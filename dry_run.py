@@ -33,7 +33,6 @@ import data
 from stage1_text_grpo import ROWS_AT_ONCE
 
 PROCESSES = (1, 8, 16)
-ROOM = 64  # tokens: common.RoomyLayer
 GIB = 2 ** 30
 # GiB for tensors: a card of 80 GB has 79, one of 24 GB has 23.5; CUDA, its libraries and NCCL take
 # about one, and what the allocator cannot use is lost (UNSPECIFIED how much; ours: 3 and 1.5)
@@ -325,7 +324,7 @@ def on_meta(config):
     if hasattr(config, "vision_config"):
         auto = transformers.AutoModelForImageTextToText
     with torch.device("meta"):
-        return auto.from_config(config, attn_implementation="sdpa")
+        return auto.from_config(config, attn_implementation="grouped")
 
 
 def measure(name, config, cfg=None):
@@ -565,10 +564,12 @@ def pixel_bytes(work):
     return 4 * TILE_PIXELS * work.tiles * rows
 
 
-def cache_bytes(size, rows, tokens, mixed=True):
-    """Keys and values [rows, kv_heads, tokens, head_dim] of all layers."""
-    token = 2 * rows * size.text.num_key_value_heads * size.head_dim
-    return size.text.num_hidden_layers * token * (tokens + ROOM) * (2 if mixed else 4)
+def cache_bytes(size, prompts, tokens, mixed=True):
+    """Keys and values [prompts, kv_heads, tokens, head_dim] of all layers; `tokens`: of a prompt
+    and all its answers."""
+    token = 2 * prompts * size.text.num_key_value_heads * size.head_dim
+    room = max(64, tokens // 8)  # at most: decoding.RoomyLayer
+    return size.text.num_hidden_layers * token * (tokens + room) * (2 if mixed else 4)
 
 
 def sampling_bytes(size, work, prompts, samples, mixed=True):
@@ -583,12 +584,10 @@ def sampling_bytes(size, work, prompts, samples, mixed=True):
     if size.vision and work.tiles:
         width = 10 * size.vision.hidden_size + 2 * number * size.vision.intermediate_size
         begins += prompts * work.tiles * (TILE * width + 4 * TILE_PIXELS)
-    rows, tokens = prompts * samples, work.prompt + work.answer
-    ends = cache_bytes(size, rows, tokens, mixed)
-    repeated = 2 * rows * tokens * q * number  # a layer's, for all heads (5.17; 5.23: no)
+    ends = cache_bytes(size, prompts, work.prompt + samples * work.answer, mixed)
     # draw(): logits, their log-softmax in fp32, sums and what they add up in float64
-    drawn = (number + 4 + 2 * 8) * rows * size.text.vocab_size
-    return max(begins + casts, ends + repeated + casts, ends + drawn)
+    drawn = (number + 4 + 2 * 8) * prompts * samples * size.text.vocab_size
+    return max(begins + casts, ends + casts, ends + drawn)
 
 
 # Sharded: each process holds a part of what is always there and of the gradients, and gathers.
@@ -613,8 +612,8 @@ def memory(size, work, shards=1):
              "reference": reference_bytes(size, work, shards),
              "gradients": gradient_bytes(size, shards)}
     always = terms["weights"] + terms["AdamW"] + terms["reference"]
-    rows = work.rolled_out * work.samples
-    terms["cache"] = cache_bytes(size, rows, work.prompt + work.answer)
+    tokens = work.prompt + work.samples * work.answer
+    terms["cache"] = cache_bytes(size, work.rolled_out, tokens)
     terms["logits"] = logit_bytes(size, work)
     terms["activations"] = kept_activations(size, work)
     for name, prompts, samples in (("sample", work.rolled_out, work.samples),

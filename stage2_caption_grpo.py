@@ -30,6 +30,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import common
+import decoding
 import sharding
 from common import knob, sum_over_ranks
 from data import TABLE_5, captioned, hard_rows, load_rows
@@ -526,64 +527,70 @@ def roll_out(model, encoder, prompts, cfg, generator):
 
 @torch.no_grad()
 def sample_group(model, encoder, prompts, group_size, temperature, max_new_tokens, generator):
-    """B prompts -> G answers each. The prompts (and their images) are run once, then their cache is
-    repeated G times; finished rows leave the batch. temperature 0 is greedy.
+    """B prompts -> G answers each. The prompts (and their images) are run once; then their answers
+    grow side by side behind them, a token of each at a time, in columns [B, A]. An answer sees what
+    it sees in pack(), so keys and values of a prompt are there once, not G times. Finished answers
+    leave their column, finished prompts the batch: A = G only at first. temperature 0 is greedy.
 
     Sampling is plain softmax: top-p or top-k would draw from another distribution than the one
     packed_logps scores, and the ratio would no longer be 1 at the first update. UNSPECIFIED in the
     paper; its script leaves its framework's top-p 0.9 and top-k 50, and scores without them."""
     model.eval()  # also turns gradient checkpointing off, which would silently disable the cache
     device = next(model.parameters()).device
-    ids, mask, positions, media = common.left_pad(prompts, encoder.pad_id, device)    # [B, P]
+    ids, mask, places, media = common.left_pad(prompts, encoder.pad_id, device)       # [B, P]
     eos = torch.tensor(encoder.eos_ids, device=device)
-    cache = common.decoding_cache()
+    decode = decoding.Decoder(model)
     with common.autocast(device):
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
-                    past_key_values=cache, logits_to_keep=1, **media)
-    cache.batch_repeat_interleave(group_size)                                         # [N, ...]
-    logits = out.logits[:, -1].repeat_interleave(group_size, 0)                       # [N, V]
-    mask = mask.repeat_interleave(group_size, 0)                                      # [N, P]
-    # the next token's; Qwen-VL's positions have three parts: [3, N, 1]
-    position = (positions[..., -1:] + 1).repeat_interleave(group_size, -2)            # [N, 1]
-    n = len(mask)
-    tokens = torch.full((n, max_new_tokens), -1, device=device)
-    logps = torch.zeros(n, max_new_tokens, device=device)
-    row = torch.arange(n, device=device)      # batch row -> answer
-    alive = torch.ones(n, dtype=torch.bool, device=device)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True,
+                    past_key_values=decode.cache, logits_to_keep=1, **media)
+    n = len(ids)
+    logits = out.logits[:, -1:].expand(-1, group_size, -1)                            # [B, A, V]
+    owner = mask - 1                          # 0 prompt, 1..G the answers, -1 padding  [B, P]
+    position = places[..., -1:].expand(*places.shape[:-1], group_size)  # Qwen-VL: [3, B, A]
+    prompt = torch.arange(n, device=device)[:, None]
+    answer = torch.arange(group_size, device=device).expand(n, -1)                    # [B, A]
+    alive = torch.ones(n, group_size, dtype=torch.bool, device=device)
+    tokens = torch.full((n, group_size, max_new_tokens), -1, device=device)           # [B, G, C]
+    logps = torch.zeros(n, group_size, max_new_tokens, device=device)
     for t in range(max_new_tokens):
-        logp = scored_logits(logits, encoder, temperature).log_softmax(-1)            # [rows, V]
-        token = logp.argmax(-1) if temperature == 0 else draw(logp, generator)        # [rows]
-        tokens[row[alive], t] = token[alive]
-        logps[row[alive], t] = logp.gather(1, token[:, None])[alive, 0]
+        logp = scored_logits(logits, encoder, temperature).log_softmax(-1)            # [B, A, V]
+        token = logp.argmax(-1) if temperature == 0 else draw(logp, generator)        # [B, A]
+        tokens[prompt, answer, t] = token.where(alive, -1)
+        logps[prompt, answer, t] = logp.gather(2, token[..., None])[..., 0]
         alive &= ~torch.isin(token, eos)      # the EOS itself is part of the answer
         if not alive.any() or t == max_new_tokens - 1:
             break
-        if alive.sum() <= 0.75 * len(alive):  # compaction: finished rows leave the batch
-            keep = alive.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            token, mask, position = token[keep], mask[keep], position[..., keep, :]
-            row, alive = row[keep], alive[keep]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)                     # [rows, P+t+1]
-        with common.autocast(device):
-            out = model(input_ids=token[:, None], attention_mask=mask, position_ids=position,
-                        past_key_values=cache, use_cache=True)
-        logits, position = out.logits[:, -1], position + 1
-    lengths, tokens, logps = (tokens >= 0).sum(1).tolist(), tokens.tolist(), logps.tolist()
+        keep, widest = alive.any(1), alive.sum(1).max()
+        if keep.sum() * widest <= 0.75 * alive.numel():  # compaction
+            first = alive.int().argsort(dim=1, descending=True, stable=True)[keep, :widest]
+            token, answer, alive = [x[keep].gather(1, first) for x in (token, answer, alive)]
+            prompt, owner, places = prompt[keep], owner[keep], places[..., keep, :]
+            position = position[..., keep, :widest]  # the same in all columns
+            if not keep.all():
+                decode.cache.batch_select_indices(keep.nonzero()[:, 0])
+        position = position + 1
+        places = torch.cat([places, position], -1)                                    # [B, L]
+        mine = torch.where(alive, answer + 1, -2)  # nobody looks at what comes after the end
+        owner = torch.cat([owner, mine], 1)                                           # [B, L]
+        sees = (owner == 0)[:, None] | (owner[:, None] == mine[..., None])            # [B, A, L]
+        masks = decoding.layer_masks(model, sees[:, None], position, places)
+        logits = decode(token, masks, position)
+    lengths, tokens, logps = (tokens >= 0).sum(2).tolist(), tokens.tolist(), logps.tolist()
     rollout = Rollout([], [])
-    for first in range(0, n, group_size):
-        group = range(first, first + group_size)
-        rollout.ids.append([tokens[i][:lengths[i]] for i in group])
-        rollout.logp.append([logps[i][:lengths[i]] for i in group])
+    for b in range(n):
+        rollout.ids.append([tokens[b][g][:lengths[b][g]] for g in range(group_size)])
+        rollout.logp.append([logps[b][g][:lengths[b][g]] for g in range(group_size)])
     return rollout
 
 
 def draw(logp, generator):
-    """Log-probs [rows, V] -> a token of each row: where its share of the cumulative sum holds a
-    uniform number. torch.multinomial draws one number for every word of V. In float64, because a
-    sum of fp32 near 1 swallows words rarer than 6e-8, of which a large V has many."""
-    cumulative = logp.double().exp().cumsum(-1)                                       # [rows, V]
-    uniform = torch.rand(len(logp), 1, dtype=torch.float64, device=logp.device, generator=generator)
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+    """Log-probs [..., V] -> tokens [...]: where their share of the cumulative sum holds a uniform
+    number. torch.multinomial draws one number for every word of V. In float64, because a sum of
+    fp32 near 1 swallows words rarer than 6e-8, of which a large V has many."""
+    cumulative = logp.double().exp().cumsum(-1)                                       # [..., V]
+    uniform = torch.rand(*logp.shape[:-1], 1, dtype=torch.float64, device=logp.device,
+                         generator=generator)
+    return torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True)[..., 0]
 
 
 def scored_logits(logits, encoder, temperature):
@@ -641,7 +648,7 @@ def packed_logps(model, encoder, prompts, answers, temperature, with_entropy=Tru
     device = next(model.parameters()).device
     ids, positions, sees, source, target, owner, media = pack(prompts, answers, encoder.pad_id,
                                                               device)
-    masks = common.layer_masks(model, sees, positions)
+    masks = decoding.layer_masks(model, sees, positions)
     with common.autocast(device):
         logits = model(input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=False,
                        logits_to_keep=target.shape[1] + 1, **media).logits             # [b, 1+S, V]

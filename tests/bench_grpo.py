@@ -5,6 +5,7 @@ an idle machine, so not part of the tests.
     python tests/bench_grpo.py                            # this project and the naive step
     python tests/bench_grpo.py --trl venv-trl/bin/python  # and TRL, by an interpreter that has it
     python tests/bench_grpo.py --growth                   # with P, G and C, one at a time
+    python tests/bench_grpo.py --cases 1B --device cuda --steps 1 --repeats 1
 
 For venv-trl: a virtual environment with the torch and transformers that run this file, and
 `pip install --no-deps trl==1.16.0`.
@@ -35,14 +36,19 @@ CASES = {"text": TEXT,
          "32k": TEXT | {"V": 32768},
          "long": TEXT | {"P": 1500, "C": 200},
          "tiles": TEXT | {"P": 768, "tiles": 8}}
+# The language model of InternVL3.5-1B: Qwen3-0.6B with a head of its own. For a GPU of 80 GB; a
+# forward with a gradient has one group, because 16 whole sequences would need more.
+SIZE_1B = {"P": 1500, "C": 300, "V": 151_936, "G": 8, "tiles": 0, "layers": 28, "rows": 8,
+           "widths": {"hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128,
+                      "num_attention_heads": 16, "num_key_value_heads": 8}}
 GROWTH = [TEXT | change for change in (
     {"P": 256}, {}, {"P": 1024}, {"P": 2048}, {"G": 4}, {"G": 16}, {"C": 48}, {"C": 192})]
 
 
-def check_same_step(tiles):
+def check_same_step(tiles, **more):
     """Both steps on the same answers, B = 3: loss, norm and gradient must be equal. The policy is
     far from the reference, or the loss would be 0 whatever the step."""
-    case = {"P": 71, "C": 7, "V": 83, "G": 5, "tiles": tiles, "layers": 2}
+    case = {"P": 71, "C": 7, "V": 83, "G": 5, "tiles": tiles, "layers": 2, **more}
     with tempfile.TemporaryDirectory() as folder:
         grpo_step.make(folder, case)
         model, _ = grpo_step.load(folder, case)
@@ -78,12 +84,14 @@ def compare(cases, args):
     """-> [(case, {competitor: [what grpo_step.py prints, one object a process]})]"""
     pythons = {"ours": sys.executable, "naive": sys.executable}
     if args.trl:
-        pythons |= {"trl": args.trl, "trl-answers": args.trl}
+        pythons["trl"] = args.trl
+    if args.trl and args.device == "cpu":  # on a GPU the head runs over answers only as it comes
+        pythons["trl-answers"] = args.trl
     env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     bar = tqdm(total=len(cases) * args.repeats * len(pythons), unit="process")
     results = []
     for case in cases:
-        case = case | {"steps": args.steps}
+        case = case | {"steps": args.steps, "device": args.device}
         runs = {who: [] for who in pythons}
         with tempfile.TemporaryDirectory() as folder:
             grpo_step.make(folder, case)
@@ -133,19 +141,24 @@ def seconds(processes, phases=grpo_step.PHASES):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=[*CASES, "1B"])
     parser.add_argument("--growth", action="store_true", help="other lengths instead of --cases")
     parser.add_argument("--trl", help="a Python that has trl 1.16")
     parser.add_argument("--repeats", type=int, default=3, help="processes for each competitor")
     parser.add_argument("--steps", type=int, default=2, help="that a process measures")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     check_same_step(tiles=0)
     check_same_step(tiles=1)
-    results = compare(GROWTH if args.growth else [CASES[name] for name in args.cases], args)
-    print(f"torch {torch.__version__}, fp32, {args.threads} threads, {grpo_step.PROMPTS} prompts a "
-          f"step, beta {grpo_step.BETA}; {args.repeats} processes of {args.steps} steps each\n\n"
+    cases = CASES | {"1B": SIZE_1B}
+    results = compare(GROWTH if args.growth else [cases[name] for name in args.cases], args)
+    where = f"fp32, {args.threads} threads"
+    if args.device == "cuda":
+        where = f"bf16 autocast, {torch.cuda.get_device_name()}"
+    print(f"torch {torch.__version__}, {where}, {grpo_step.PROMPTS} prompts a step, beta "
+          f"{grpo_step.BETA}; {args.repeats} processes of {args.steps} steps each\n\n"
           f"{table(results)}")
 
 

@@ -158,11 +158,11 @@ def torchrun(args, check=True, processes=2):
                       "--master_addr=127.0.0.1", f"--master_port={port}", *args], check)
 
 
-def rejects(check, *args):
+def rejects(check, *args, **more):
     """An oracle must fail on a wrong version. Only a failed assertion counts: a wrong version that
     crashes would show nothing."""
     with pytest.raises(AssertionError):
-        check(*args)
+        check(*args, **more)
 
 
 # ------------------------------------------------------------------------------------- small worlds

@@ -4,10 +4,15 @@ gives the time to whom it belongs, and its ratios are those of medians.
 """
 
 import bench_grpo
+import gpu_steps
 import pytest
 import torch
-from helpers import rejects
+from helpers import rejects, text_only_model
 from programs import grpo_step
+from torch.utils.flop_counter import FlopCounterMode
+
+import common
+import stage1_text_grpo as stage1
 
 LOGPS, LOSS = grpo_step.Naive.logps, grpo_step.Naive.loss
 
@@ -16,6 +21,15 @@ LOGPS, LOSS = grpo_step.Naive.logps, grpo_step.Naive.loss
 @pytest.mark.parametrize("tiles", [0, 1])
 def test_the_naive_step_is_ours(tiles):
     bench_grpo.check_same_step(tiles)
+
+
+@pytest.mark.parametrize("tiles, rows", [(0, 10), (1, 5)])
+def test_a_naive_step_in_parts_is_ours(tiles, rows, monkeypatch):
+    # kills: parts of which each counts as if it were all; images or prompts of the first part
+    bench_grpo.check_same_step(tiles, rows=rows)
+    part = grpo_step.Naive.part
+    monkeypatch.setattr(grpo_step.Naive, "part", lambda naive, first, rows: part(naive, 0, rows))
+    rejects(bench_grpo.check_same_step, tiles, rows=5)
 
 
 def one_token_late(naive, model, answers):
@@ -127,3 +141,29 @@ def test_the_table_is_made_of_medians():
                     "| 1.00 | 1.00 | 1.00 | 2.00 | 0.00 | 1.50 |")
     assert naive == ("| P 7, C 3, G 5, V 11, 2 tiles | naive | 10.00 (7.00-40.00) | 2.50 "
                      "| 2.00 | 2.00 | 3.00 | 2.00 | 2.00 | 3.00 |")
+
+
+# --------------------------------------------------------------------------------- the GPU's floors
+def right_operations(model, encoder):
+    """Those of gpu_steps.py, of its linear layers and of its attention, against torch's counter of
+    products and the mask of the packed forward."""
+    size = {"text": 97, "C": 13, "G": 5}
+    prompts = [common.Prompt(list(range(97)), None)] * 2
+    answers = [[[1] * 13] * 5] * 2
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        stage1.packed_logps(model, encoder, prompts, answers, 1.0)
+    counts = counter.get_flop_counts()["Global"]
+    linear = counts[torch.ops.aten.mm] + counts.get(torch.ops.aten.addmm, 0)
+    sees = stage1.pack(prompts, answers, 0, "cpu")[2]
+    text = model.config
+    width = text.num_attention_heads * text.head_dim * text.num_hidden_layers
+    wanted = linear + 4 * sees.sum().item() * width
+    assert gpu_steps.operations(model, size, micro=2) == pytest.approx(wanted, rel=0.01)
+
+
+def test_needed_operations(encoder, monkeypatch):
+    # kills: the head on the prompt, too; a mask that is taken for a full square
+    model = text_only_model(encoder.tokenizer, tie_word_embeddings=False)
+    right_operations(model, encoder)
+    monkeypatch.setattr(gpu_steps, "pairs_seen", lambda p, c, g: (p + g * c) ** 2)
+    rejects(right_operations, model, encoder)

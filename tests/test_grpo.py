@@ -10,6 +10,7 @@ wrong_versions.py has such versions, or "kills:" names edits of the source that 
 import copy
 import itertools
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from helpers import rejects, small_world, text_only_model
 from transformers import cache_utils
 
 import common
+import decoding
 from data import load_rows
 import stage0_sft
 import stage1_text_grpo as stage1
@@ -665,7 +667,8 @@ def until(ids, eos_ids):
 @pytest.mark.parametrize("kind", ["text", "one image", "video", "mixed"])
 def test_greedy_equals_generate(world, compactions, kind):
     # kills: positions that do not grow, positions from the padded width, a mask that forgets the
-    # answer, a compaction that keeps the wrong rows or forgets one of its tensors
+    # answer, answers that see each other or the padding, a compaction that keeps the wrong prompts
+    # or forgets one of its tensors
     prompts = world.prompts[kind]
     free = generate(world, with_eos(world.encoder, [world.encoder.eos_id]), prompts, 12)
     # end the answers at different times, with two tokens that they really contain
@@ -685,11 +688,52 @@ def test_greedy_equals_generate(world, compactions, kind):
         assert len({len(row) for row in want}) > 1 and compactions
 
 
+@pytest.fixture
+def recorded(monkeypatch):
+    """On the CPU, what a GPU does with a CUDA graph: from a token on, run_in_place() is called with
+    nothing but what stands in its inputs. Counts the recordings and those calls."""
+    counts, real = Counter(), decoding.Decoder.__init__
+
+    def records(self, model):
+        real(self, model)
+        self.records = True
+
+    def record(function):
+        counts["recordings"] += 1
+
+        def replay():
+            counts["replays"] += 1
+            function()
+        return replay
+    monkeypatch.setattr(decoding.Decoder, "__init__", records)
+    monkeypatch.setattr(decoding, "record", record)
+    return counts
+
+
+@pytest.mark.parametrize("kind", ["text", "mixed"])
+def test_recorded_tokens_are_those_that_are_run(world, recorded, kind):
+    # kills: inputs that are not copied, a mask of the tokens before, keys written at the same place
+    # by every token, room that is seen, a graph of other shapes or another room used on
+    prompts = world.prompts[kind]
+    for temperature, n in ((0.0, 40), (1.0, 40)):
+        arguments = world.model, world.encoder, prompts, G, temperature, n
+        got = stage1.sample_group(*arguments, torch.Generator().manual_seed(3))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decoding.Decoder, "__call__", decoding.Decoder.run)
+            want = stage1.sample_group(*arguments, torch.Generator().manual_seed(3))
+        assert got.ids == want.ids
+        for mine, theirs in zip(flat(got.logp), flat(want.logp), strict=True):
+            assert torch.allclose(torch.tensor(mine), torch.tensor(theirs), atol=1e-5)
+    assert recorded["recordings"] > 4 and recorded["replays"] > 5 * recorded["recordings"]
+    check_log_probs(stage1.sample_group, world)
+    check_ends(stage1.sample_group, world)
+
+
 def test_the_cache_with_room_holds_what_a_growing_one_holds():
     # kills: room left over from before a copy taken for its own, tokens written at the wrong place,
     # capacity off by one, two layers or keys and values in one memory
     generator, heads, dim = torch.Generator().manual_seed(0), 2, 7
-    ours = common.decoding_cache()
+    ours = decoding.new_cache()
     plain = cache_utils.Cache(layer_class_to_replicate=cache_utils.DynamicLayer)
     rows, moved = B, 0
     for step, new in enumerate([5] + 90 * [1]):
@@ -740,6 +784,8 @@ def check_log_probs(sample_group, world):
     rollout = sample_group(world.model, encoder, prompts, G, 0.7, 10,
                            torch.Generator().manual_seed(8))
     assert len({len(answer) for answer in flat(rollout.ids)}) > 2
+    for answer in flat(rollout.ids):  # none was dropped with the columns of finished ones
+        assert answer[-1] in encoder.eos_ids or len(answer) == 10
     with torch.no_grad():
         logp, _, owner = stage1.packed_logps(world.model, encoder, prompts, rollout.ids, 0.7)
     for sampled, scored in zip(flat(rollout.logp), unpack(logp, owner), strict=True):
@@ -747,6 +793,8 @@ def check_log_probs(sample_group, world):
 
 
 def test_sampled_log_probs_equal_the_packed_ones(world, compactions):
+    # kills: columns that are cut before the finished answers are moved out, one uniform number for
+    # all answers of a prompt, tokens written after the end
     check_log_probs(stage1.sample_group, world)
     assert compactions, "the case does not bite: no row left the batch"
 

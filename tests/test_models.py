@@ -12,6 +12,7 @@ import toy_world
 import transformers
 
 import common
+import decoding
 import stage0_sft
 import stage1_text_grpo as stage1
 
@@ -104,7 +105,7 @@ def test_packed_log_probs_and_window(world, monkeypatch):
     # kills: one dense mask for all layers, which overrides the window in silence
     want = naive(world)
     assert largest_difference(packed(world), want) < 1e-4
-    monkeypatch.setattr(common, "layer_masks", lambda model, sees, positions: sees)
+    monkeypatch.setattr(decoding, "layer_masks", lambda model, sees, positions: sees)
     windowed = getattr(world.model.config, "sliding_window", None) is not None
     assert (largest_difference(packed(world), want) > 0.05) == windowed
 
@@ -140,12 +141,12 @@ def test_a_kind_of_layer_that_is_not_known_is_refused(world):
     model.config = copy.deepcopy(world.model.config)
     model.config.layer_types = ["chunked_attention"] * 3
     with pytest.raises(SystemExit, match="chunked_attention"):
-        common.layer_masks(model, torch.ones(1, 1, 2, 2) > 0, torch.arange(2)[None])
+        decoding.layer_masks(model, torch.ones(1, 1, 2, 2) > 0, torch.arange(2)[None])
 
 
 def test_one_dtype_in_the_cache():
     # Under autocast keys come in fp32 from rotary positions, values in bf16: 27 GiB at 8B shape.
-    cache = common.decoding_cache()
+    cache = decoding.new_cache()
     keys, values = torch.rand(2, 3, 4, 8), torch.rand(2, 3, 4, 8).bfloat16()
     keys, values = cache.update(keys, values, 0)
     assert keys.dtype == values.dtype == torch.bfloat16

@@ -4,10 +4,12 @@ Times GRPO steps of one competitor in a process of its own, for tests/bench_grpo
     grpo_step.py ours|naive|trl|trl-answers CASE FOLDER
 
 CASE is JSON: lengths P of prompts and C of answers, vocabulary V, G answers a prompt, tiles a
-prompt, layers of the model, measured steps. FOLDER holds what make() wrote. Prints a JSON line,
+prompt, layers of the model, measured steps; perhaps "widths" of the model, "rows" (answers per
+forward with a gradient) and "device". FOLDER holds what make() wrote. Prints a JSON line,
 {"steps": [{phase: seconds}], "peak_gb": ...}. Linux only, for the peak.
 
-All of them: fp32, two prompts a step, no gradient checkpointing, sampling from the plain softmax.
+All of them: fp32 weights, on a GPU bf16 by autocast, two prompts a step, no gradient checkpointing,
+sampling from the plain softmax.
 The model has no logit for the end of sequence, so every answer has C tokens; every other answer
 earns 1. Shapes: B prompts, N = B*G answers.
 """
@@ -31,6 +33,16 @@ PHASES = ("prefill", "decode", "reference", "policy", "optimiser")
 
 
 # ------------------------------------------------------------------------- the same for all of them
+def device_of(case):
+    return case.get("device", "cpu")
+
+
+def autocast(case):
+    """As common.autocast(), which TRL's interpreter may lack the packages for."""
+    device = device_of(case)
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
 def make(folder, case):
     """Random weights, and a tokenizer whose words are the ids: V - 1 is the image placeholder."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -38,15 +50,16 @@ def make(folder, case):
     text = {"model_type": "qwen3", "vocab_size": case["V"], "hidden_size": 256,
             "intermediate_size": 768, "num_hidden_layers": case["layers"], "num_attention_heads": 8,
             "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096,
-            "tie_word_embeddings": False, "pad_token_id": 0}
+            "tie_word_embeddings": False, "pad_token_id": 0} | case.get("widths", {})
     vision = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
               "num_attention_heads": 4, "image_size": [64, 64], "patch_size": [4, 4]}
-    if case["tiles"]:
-        model = transformers.InternVLForConditionalGeneration(transformers.InternVLConfig(
-            text_config=text, vision_config=vision, image_token_id=case["V"] - 1,
-            image_seq_length=TILE_TOKENS, tie_word_embeddings=False))
-    else:
-        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**text))
+    with torch.device(device_of(case)):
+        if case["tiles"]:
+            model = transformers.InternVLForConditionalGeneration(transformers.InternVLConfig(
+                text_config=text, vision_config=vision, image_token_id=case["V"] - 1,
+                image_seq_length=TILE_TOKENS, tie_word_embeddings=False))
+        else:
+            model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**text))
     model.save_pretrained(folder)
     words = ["<pad>", *map(str, range(1, case["V"])), "<eos>"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>"))
@@ -55,13 +68,14 @@ def make(folder, case):
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
 
 
-def load(folder, case):
+def load(folder, case, attention="sdpa"):
     """-> model, tokenizer"""
     auto = transformers.AutoModelForCausalLM
     if case["tiles"]:
         auto = transformers.AutoModelForImageTextToText
-    model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    return model, transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    return model.to(device_of(case)), tokenizer
 
 
 def draw_inputs(case, prompts):
@@ -90,10 +104,16 @@ class Stopwatch:
 
     def start(self):
         self.spent = dict.fromkeys(PHASES, 0.0)
-        self.phase, self.began = "prefill", time.perf_counter()
+        self.phase, self.began = "prefill", self.now()
+
+    @staticmethod
+    def now():
+        if torch.cuda.is_initialized():  # what was asked of the GPU must be done
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def enter(self, phase):
-        now = time.perf_counter()
+        now = self.now()
         self.spent[self.phase] += now - self.began
         self.phase, self.began = phase, now
 
@@ -113,6 +133,7 @@ class Stopwatch:
 # ------------------------------------------------------------------------------ ours and the naive
 class Ours:
     """The functions that stage 1 calls in a step, with tiles stage 3."""
+    attention = "grouped"  # as common.load() has it
 
     def __init__(self, case, prompts=PROMPTS):
         sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -127,6 +148,8 @@ class Ours:
         self.prompts = [common.Prompt(*of_prompt)
                         for of_prompt in zip(ids.tolist(), pixels, strict=True)]
         self.cfg = self.stage.Config(group_size=case["G"], max_new_tokens=case["C"], beta=BETA)
+        if "rows" in case:
+            self.cfg.micro_batch = case["rows"] // case["G"]
         self.sampled = None
 
     def sample(self, model):
@@ -147,29 +170,34 @@ class Ours:
 class Naive:
     """The same step as most would write it: every prompt G times, generate(), whole forwards. The
     prompts have one length and so have the answers: nothing is padded."""
+    attention = "sdpa"
 
     def __init__(self, case, prompts=PROMPTS):
         self.case = case
+        device = device_of(case)
         ids, pixels, self.rewards = draw_inputs(case, prompts)
-        self.ids = ids.repeat_interleave(case["G"], 0)                                 # [N, P]
+        self.ids = ids.repeat_interleave(case["G"], 0).to(device)                      # [N, P]
         self.media = {}
         if pixels is not None:
+            pixels = pixels.to(device)
             self.media["pixel_values"] = pixels.repeat_interleave(case["G"], 0).flatten(0, 1)
 
     def sample(self, model):
         """-> answers [B][G]"""
-        full = model.generate(
-            input_ids=self.ids, attention_mask=torch.ones_like(self.ids), **self.media,
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=self.case["C"],
-            eos_token_id=self.case["V"], pad_token_id=0,
-            suppress_tokens=[self.case["V"] - 1] if self.media else None)              # [N, P+C]
+        with autocast(self.case):
+            full = model.generate(
+                input_ids=self.ids, attention_mask=torch.ones_like(self.ids), **self.media,
+                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=self.case["C"],
+                eos_token_id=self.case["V"], pad_token_id=0,
+                suppress_tokens=[self.case["V"] - 1] if self.media else None)          # [N, P+C]
         return full[:, self.case["P"]:].unflatten(0, (-1, self.case["G"])).tolist()
 
     def logps(self, model, answers):
         """answers [N, C] -> their log-probs [N, C]"""
         sequences = torch.cat([self.ids, answers], 1)
-        logits = model(input_ids=sequences, use_cache=False, **self.media).logits      # [N, P+C, V]
-        logits = logits[:, self.case["P"] - 1:-1]                                      # [N, C, V]
+        with autocast(self.case):
+            logits = model(input_ids=sequences, use_cache=False, **self.media).logits  # [N, P+C, V]
+        logits = logits[:, self.case["P"] - 1:-1].float()                              # [N, C, V]
         if self.media:  # the placeholder is never sampled
             logits[..., self.case["V"] - 1] = torch.finfo(torch.float32).min
         return logits.log_softmax(-1).gather(-1, answers[..., None])[..., 0]
@@ -178,29 +206,49 @@ class Naive:
         """[N, C] each. Of answers of one length, the mean of their means is the mean."""
         centred = self.rewards - self.rewards.mean(1, keepdim=True)                    # [B, G]
         std = self.rewards.std(1, correction=0, keepdim=True)
-        advantage = (centred / std).float().flatten()[:, None]                         # [N, 1]
+        advantage = (centred / std).float().flatten()[:, None].to(logp.device)         # [N, 1]
         ratio = (logp - logp.detach()).exp()
         policy = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
         kl = (ref - logp).exp() - (ref - logp) - 1
         return (policy + BETA * kl).mean()
 
     def update(self, model, reference, optimizer, answers):
-        answers = torch.tensor(answers).flatten(0, 1)
-        with torch.no_grad():
-            ref = self.logps(reference, answers)
-        loss = self.loss(self.logps(model, answers), ref)
-        loss.backward()
+        answers = torch.tensor(answers, device=self.ids.device).flatten(0, 1)
+        rows = self.case.get("rows", len(answers))
+        total = 0.0
+        for first in range(0, len(answers), rows):
+            part = self.part(first, rows)
+            of_part = answers[first:first + rows]
+            with torch.no_grad():
+                ref = part.logps(reference, of_part)
+            loss = part.loss(part.logps(model, of_part), ref) * (len(of_part) / len(answers))
+            loss.backward()
+            total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return {"loss": loss.item(), "grad_norm": norm.item()}
+        return {"loss": total, "grad_norm": norm.item()}
+
+    def part(self, first, rows):
+        """The same of `rows` answers from this one on: whole groups."""
+        part = copy.copy(self)
+        part.ids = self.ids[first:first + rows]
+        group = self.case["G"]
+        part.rewards = self.rewards[first // group:(first + rows) // group]
+        part.media = {}
+        for name, pixels in self.media.items():
+            tiles = self.case["tiles"]
+            part.media[name] = pixels[first * tiles:(first + rows) * tiles]
+        return part
 
 
 def run(competitor, case, folder):
     """-> [{phase: seconds}] of all steps"""
-    model, tokenizer = load(folder, case)
+    model, tokenizer = load(folder, case, competitor.attention)
     reference = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
+    fused = True if device_of(case) == "cuda" else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0,
+                                  fused=fused)
     watch = Stopwatch(model, reference)
     for _ in range(1 + case["steps"]):
         watch.start()
@@ -267,11 +315,14 @@ def run_trl(case, folder, answers_only):
     def reward(completion_ids, **_):
         assert [len(answer) for answer in completion_ids] == [case["C"]] * rewards.numel()
         return rewards.flatten().tolist()
+    rows_of_step, on_gpu = PROMPTS * case["G"], device_of(case) == "cuda"
+    rows_at_once = case.get("rows", rows_of_step)
     config = GRPOConfig(
-        max_steps=1 + case["steps"], per_device_train_batch_size=PROMPTS * case["G"],
+        max_steps=1 + case["steps"], per_device_train_batch_size=rows_at_once,
+        gradient_accumulation_steps=rows_of_step // rows_at_once,
         num_generations=case["G"], max_completion_length=case["C"], temperature=1.0, top_k=0,
         top_p=1.0, beta=BETA, loss_type="grpo", learning_rate=LR, lr_scheduler_type="constant",
-        gradient_checkpointing=False, bf16=False, use_cpu=True, shuffle_dataset=False,
+        gradient_checkpointing=False, bf16=on_gpu, use_cpu=not on_gpu, shuffle_dataset=False,
         output_dir=f"{folder}/trl", report_to="none", logging_strategy="no", save_strategy="no",
         disable_tqdm=True)
     trainer = GRPOTrainer(model, reward, config, Dataset.from_list(rows * config.max_steps),
@@ -290,19 +341,27 @@ def run_trl(case, folder, answers_only):
 
 
 def peak_gb():
-    """Of this process. Not ru_maxrss: a process inherits that of its parent, and keeps it."""
+    """Of this process; of its tensors on the GPU, if it uses one. Not ru_maxrss: a process inherits
+    that of its parent, and keeps it."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
 
 
-def main():
-    who, case, folder = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+def measure(who, case, folder):
+    """-> what this program prints"""
     torch.manual_seed(0)
     if who in ("trl", "trl-answers"):
         steps = run_trl(case, folder, who == "trl-answers")
     else:
         steps = run({"ours": Ours, "naive": Naive}[who](case), case, folder)
-    print(json.dumps({"steps": steps[1:], "peak_gb": peak_gb()}))  # the first step warms up
+    return {"steps": steps[1:], "peak_gb": peak_gb()}  # the first step warms up
+
+
+def main():
+    who, case, folder = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+    print(json.dumps(measure(who, case, folder)))
 
 
 if __name__ == "__main__":

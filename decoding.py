@@ -1,0 +1,196 @@
+"""
+How a model is run token by token behind a cache, and what its tokens may see. Nothing here is about
+RL: the samplers are sample_group() in the stages and generate() in stage 0.
+
+    masks      a 4-D mask for each kind of layer                                 layer_masks
+    attention  of grouped queries without copies of the keys                     grouped_attention
+    cache      with room for the tokens to come                                  RoomyLayer
+    speed      on a GPU, a token as one CUDA graph                               Decoder
+
+Shapes: B prompts, A answers of each that are not finished, L tokens in the cache, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_map
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+import common  # which imports this file: its names are there when the functions run
+import sharding
+
+ATTENTION = "grouped"  # attn_implementation of what common.load() loads
+
+
+def layer_masks(model, sees, positions, key_positions=None):
+    """What tokens may see [b, 1, Q, L] and their positions [b, Q], those of the keys [b, L] if they
+    are not the same -> attention mask for the model. A 4-D mask is taken as it is, so that a layer
+    with a sliding window (Gemma 3, Mistral) would lose its window: it gets a mask of its own, in
+    which what is `sliding_window` positions back is gone."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise SystemExit(f"{config.model_type}: layers of type {', '.join(sorted(kinds))} are not "
+                         "supported, only full and sliding-window attention.")
+    if window is None or kinds == {"full_attention"}:
+        return sees
+    if positions.dim() == 3:
+        raise SystemExit(f"{config.model_type}: sliding windows are not supported for Qwen-VL.")
+    if key_positions is None:
+        key_positions = positions
+    near = positions[:, None, :, None] - key_positions[:, None, None, :] < window
+    if not kinds:  # all layers slide, and the model wants one mask
+        return sees & near
+    return {"full_attention": sees, "sliding_attention": sees & near}
+
+
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """PyTorch's attention where r heads of the query share keys and values, as in most models. In
+    decoding, query [b, heads, Q, dim] becomes [b, heads/r, r*Q, dim]: r times as many tokens of
+    each head of keys. Else transformers repeats all keys and values r times, in every step."""
+    b, heads, length, dim = query.shape
+    decodes = length < key.shape[2] and attention_mask is not None
+    if not decodes or heads == key.shape[1]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
+                                      **kwargs)
+    r = heads // key.shape[1]
+    out = F.scaled_dot_product_attention(
+        query.reshape(b, heads // r, r * length, dim), key, value, scale=scaling,
+        attn_mask=attention_mask.repeat(1, 1, r, 1))
+    return out.reshape(b, heads, length, dim).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, grouped_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def new_cache():
+    return Cache(layer_class_to_replicate=RoomyLayer)
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of the cache, [B, heads, tokens, dim], that leaves room for the tokens to come. Plain
+    DynamicLayer concatenates, so every new token copies all tokens before it."""
+    slots = None  # [A] places of the new tokens in the room, on the device: for a CUDA graph
+
+    def update(self, keys, values, *args, **kwargs):
+        keys = keys.to(values.dtype)  # under autocast rotary positions leave them in fp32
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys[:, :, :0], values[:, :, :0]
+        if self.slots is not None:
+            return (with_room(self.keys).index_copy_(2, self.slots, keys),
+                    with_room(self.values).index_copy_(2, self.slots, values))
+        self.keys, self.values = self.extend(self.keys, keys), self.extend(self.values, values)
+        return self.keys, self.values
+
+    @staticmethod
+    def extend(old, new):
+        (n, heads, length, dim), end = old.shape, old.shape[2] + new.shape[2]
+        if end > room(old):
+            roomy = new.new_zeros(n, heads, end + max(64, end // 8), dim)  # unseen, but no NaN
+            roomy[:, :, :length] = old
+            old = roomy
+        extended = with_room(old, end)
+        extended[:, :, length:] = new
+        return extended
+
+
+def room(tensor):
+    """How many tokens its memory can hold: the share of one head."""
+    return tensor.stride(1) // tensor.stride(2)
+
+
+def with_room(tensor, tokens=None):
+    """The same memory with so many tokens; None: with all that it has room for."""
+    n, heads, _, dim = tensor.shape
+    return tensor.as_strided((n, heads, tokens or room(tensor), dim), tensor.stride())
+
+
+class Decoder:
+    """Runs a token of each answer behind the cache of a prompt.
+
+    On a GPU the two thousand kernels of a token are launched one by one, which takes longer than
+    their work (InternVL3.5-1B on an H100: 40 ms, 7 of them work). So as long as shapes and the room
+    of the cache stay, they are recorded once as a CUDA graph and then launched together. What the
+    graph reads and writes stays in its place: inputs are copied there, masks cover the whole room.
+    """
+
+    def __init__(self, model):
+        self.model, self.cache = model, new_cache()
+        self.device = next(model.parameters()).device
+        # a sharded model may do more than launch kernels
+        self.records = self.device.type == "cuda" and not sharding.is_sharded(model)
+        self.shape, self.replay = None, None
+
+    def __call__(self, token, masks, position):
+        """token [B, A], their masks [B, 1, A, L] as layer_masks() gives them, position [B, A]
+        (Qwen-VL: [3, B, A]) -> logits [B, A, V], there until the next call"""
+        end = self.cache.get_seq_length() + token.shape[1]
+        if not self.records or self.shape != (token.shape, self.room()) or end > self.room():
+            logits = self.run(token, masks, position)
+            self.shape, self.replay = (token.shape, self.room()), None
+            return logits
+        self.fill(token, masks, position, end)
+        if self.replay is None:
+            try:
+                self.replay = record(self.run_in_place)
+            except RuntimeError as e:
+                print(f"decoding without a CUDA graph, slower: {str(e).splitlines()[0]}")
+                self.records = False
+                self.write_at(None)
+                return self.run(token, masks, position)
+        self.replay()
+        for layer in self.cache.layers:  # the graph has written them
+            layer.keys, layer.values = with_room(layer.keys, end), with_room(layer.values, end)
+        self.write_at(None)
+        return self.logits
+
+    def run(self, token, masks, position):
+        with common.autocast(self.device):
+            return self.model(input_ids=token, attention_mask=masks, position_ids=position,
+                              past_key_values=self.cache, use_cache=True).logits
+
+    def room(self):
+        return room(self.cache.layers[0].keys)
+
+    def fill(self, token, masks, position, end):
+        """Put the inputs where the graph reads them, or make the place."""
+        if isinstance(masks, dict):
+            masks = {kind: self.over_room(mask) for kind, mask in masks.items()}
+        else:
+            masks = self.over_room(masks)
+        slots = torch.arange(end - token.shape[1], end, device=self.device)
+        inputs = [token, masks, position, slots]
+        if self.replay is None:
+            self.inputs = tree_map(torch.clone, inputs)
+        else:
+            tree_map(torch.Tensor.copy_, self.inputs, inputs)
+        self.write_at(self.inputs[3])
+
+    def over_room(self, mask):
+        return F.pad(mask, (0, self.room() - mask.shape[-1]))  # False
+
+    def write_at(self, slots):
+        for layer in self.cache.layers:
+            layer.slots = slots
+
+    def run_in_place(self):
+        self.logits = self.run(*self.inputs[:3])
+
+
+def record(function):
+    """-> a function that launches all that `function` does on the GPU, at once. `function` is run
+    once before, so that nothing is set up while it is recorded."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
