@@ -49,15 +49,15 @@ BUGS = [
         "    cumulative = logp.double().exp().cumsum(-1)",
         "    p, words = logp.double().exp().sort(-1, descending=True)\n"
         "    p = p.masked_fill(p.cumsum(-1) - p > 0.8, 0.0)\n"
-        "    cumulative = torch.zeros_like(p).scatter(1, words, p).cumsum(-1)",
+        "    cumulative = torch.zeros_like(p).scatter(-1, words, p).cumsum(-1)",
         RAREST, "least", 3),
     # equal seeds for all answers of a group
     Bug("same-dice", STAGE_1, "draw",
-        "torch.rand(len(logp), 1,", "torch.rand(1, 1,",
+        "torch.rand(*logp.shape[:-1], 1,", "torch.rand(len(logp), 1, 1,",
         "reward_std", "mean", 0.01),
     # padding is the end-of-sequence token, and the mask is "not padding"
     Bug("no-eos", STAGE_1, "sample_group",
-        "(tokens >= 0).sum(1)", "((tokens >= 0) & ~torch.isin(tokens, eos)).sum(1)",
+        "(tokens >= 0).sum(2)", "((tokens >= 0) & ~torch.isin(tokens, eos)).sum(2)",
         "completions/clipped_ratio", "mean", 1e3),
     # rewards come as [G, B] and are read as [B, G]
     Bug("mixed-groups", STAGE_1, "main",
