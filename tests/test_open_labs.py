@@ -21,6 +21,7 @@ sys.path.append(str(TESTS / "labs"))
 import ablate  # noqa: E402  (it is on the path only now)
 import bugs  # noqa: E402  (as above)
 import lab  # noqa: E402  (as above)
+import make_rows  # noqa: E402  (as above)
 import own_rows  # noqa: E402  (as above)
 
 MODULES = {"common.py": common, "stage1_text_grpo.py": stage1}
@@ -309,7 +310,7 @@ def test_the_example_passes_and_can_be_ranked(tmp_path):
     kills: a label without its coin; the best candidate not the first"""
     texts = {}
     for seed in (3, 3, 4):
-        run_there([TESTS / "labs" / "make_rows.py", "--out", tmp_path, "--seed", seed])
+        run_here(make_rows.main, flags(out=tmp_path, seed=seed))
         text = (tmp_path / "train.jsonl").read_text()
         assert texts.setdefault(seed, text) == text
     assert texts[3] != texts[4]
