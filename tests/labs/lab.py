@@ -7,6 +7,12 @@ you made.
     python tests/labs/lab.py check 3        # right, wrong (which mistake?), or still blank
     python tests/labs/lab.py hint 3         # the first hint; "hint 3 2" is the second
 
+Labs 11 to 13 have no blanks. Lab 11 hides bugs in the scripts:
+
+    python tests/labs/lab.py plant 3        # copies the scripts to my_labs/bug_3, bug 3 in them
+    python tests/labs/lab.py compare runs/healthy runs/bug_3
+    python tests/labs/lab.py guess 3 top-p
+
 Read the lab's page first: tests/labs/03_advantages.md. `check` runs your function in a process of
 its own, beside the repository's own files: only the lab's functions are yours, so that a mistake
 in one lab cannot spoil another. Write your helper functions into the same file.
@@ -43,6 +49,8 @@ LABS = {  # number: its page, and what is cut out of which file
     10: ("10_evaluation", {"common.py": ("habits", "majority", "points", "summarize", "wilson"),
                            "eval.py": ("compare",)}),
 }
+NO_BLANKS = {11: "11_bug_hunt", 12: "12_ablation", 13: "13_own_preference"}
+PAGES = {number: page for number, (page, _) in LABS.items()} | NO_BLANKS
 # What a script needs to run in the student's folder.
 FILES = ("*.py", "requirements.txt", "tests/toy_world.py", "tests/toy_backbone/*")
 
@@ -115,7 +123,7 @@ def cut_out(source, names, number, path=""):
 # ---------------------------------------------------------------------------------- commands
 def title(number):
     """The first line of a lab's page."""
-    page = LABS_FOLDER / f"{LABS[number][0]}.md"
+    page = LABS_FOLDER / f"{PAGES[number]}.md"
     return page.read_text("utf-8").splitlines()[0].lstrip("# ")
 
 
@@ -124,10 +132,12 @@ def list_labs():
         print(f"{title(number)}   tests/labs/{page}.md")
         for file, names in files.items():
             print(f"    {file}: {', '.join(names)}")
+    for number, page in NO_BLANKS.items():
+        print(f"{title(number)}   tests/labs/{page}.md")
 
 
-def start(number, folder):
-    """Copy the scripts, the lab's functions blanked."""
+def copy_scripts(folder):
+    """Raises SystemExit if the folder is there: nobody's work is overwritten."""
     if folder.exists():
         raise SystemExit(f"{folder} is there already, and stays as it is; name another --out")
     for pattern in FILES:
@@ -135,6 +145,14 @@ def start(number, folder):
             copy = folder / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
+
+
+def start(number, folder):
+    """Copy the scripts, the lab's functions blanked."""
+    if number in NO_BLANKS:
+        raise SystemExit(f"lab {number} has no blanks; its page, tests/labs/{PAGES[number]}.md, "
+                         "says what to run")
+    copy_scripts(folder)
     page, files = LABS[number]
     for file, names in files.items():
         for copied in (file, *COPIES.get(file, ())):
@@ -160,6 +178,13 @@ def hint(number, which):
 def check(number, folder, seed, limit):
     """-> the report on a student's folder, see diagnosis.py; what went wrong with the process
     itself is one of its lines."""
+    if number in (11, 12):
+        raise SystemExit(f"lab {number} has nothing to check here; see its page, "
+                         f"tests/labs/{PAGES[number]}.md")
+    if number == 13:
+        import diagnosis  # noqa: F401  (puts the repository on the path)
+        from own_rows import examine
+        return examine(folder)
     if not folder.is_dir():
         raise SystemExit(f"{folder} is not there; first: python tests/labs/lab.py start {number}")
     with tempfile.TemporaryDirectory() as scratch:
@@ -205,6 +230,48 @@ def share(number, folder):
             print(f"{path}: has your {', '.join(names)} now")
 
 
+# -------------------------------------------------------------------------- lab 11: the bug hunt
+def plant(k, folder, seed):
+    """Copy the scripts, bug k in them."""
+    from bugs import numbered, planted
+    bug = numbered(seed)[k - 1]
+    copy_scripts(folder)
+    path = folder / bug.file
+    path.write_text(planted(path.read_text("utf-8"), bug), "utf-8")
+    print(f"{folder}: the scripts, bug {k} in one of them. Run {folder / STAGE_1} from here; the "
+          "page is tests/labs/11_bug_hunt.md")
+
+
+def compare(healthy, other):
+    """Two runs side by side: each figure in the first step, on average, and in the last one."""
+    from bugs import WHEN, figures
+    found = figures(healthy), figures(other)
+    columns = ("first", "mean", "last")
+    print(f"{'':42}{str(healthy)[-30:]:>30}{str(other)[-30:]:>33}")
+    print(f"{'':42}" + "   ".join("".join(f"{name:>10}" for name in columns) for _ in found))
+    for name in found[0]:
+        if name == "step" or name not in found[1]:
+            continue
+        cells = []
+        for values in (run[name] for run in found):
+            cells.append("".join(f"{WHEN[column](values):10.3g}" for column in columns))
+        print(f"{name:42}" + "   ".join(cells))
+
+
+def guess(k, name, seed):
+    """Say whether bug k is the one of this name."""
+    from bugs import BUGS, numbered
+    names = sorted(bug.name for bug in BUGS)
+    name = name.lower()
+    if name not in names:
+        raise SystemExit(f"no bug is called {name!r}; they are {', '.join(names)}")
+    bug = numbered(seed)[k - 1]
+    if bug.name != name:
+        raise SystemExit(f"bug {k} is not {name}. Which figure pointed there? Look at what else "
+                         "would move it.")
+    print(f"Right: bug {k} is {name}. It is in {bug.function}() of {bug.file}.")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -212,7 +279,7 @@ def main():
     commands.add_parser("list", help="the labs, and what each cuts out")
     for name, option in (("start", "--out"), ("check", "--dir"), ("hint", None)):
         one = commands.add_parser(name)
-        one.add_argument("number", type=int, choices=LABS)
+        one.add_argument("number", type=int, choices=PAGES)
         if option:
             one.add_argument(option, dest="folder", type=Path, help="default: my_labs/NUMBER")
         if name == "check":
@@ -222,11 +289,27 @@ def main():
                              help="if all is right, copy it from stage 1 to stages 2 and 3")
         if name == "hint":
             one.add_argument("which", type=int, nargs="?", default=1)
+    for name in ("plant", "guess"):
+        one = commands.add_parser(name)
+        one.add_argument("bug", type=int, choices=range(1, 13), metavar="1..12")
+        if name == "plant":
+            one.add_argument("--out", dest="folder", type=Path, help="default: my_labs/bug_NUMBER")
+        else:
+            one.add_argument("name")
+        one.add_argument("--seed", type=int, default=0, help="other numbers, for grading")
+    one = commands.add_parser("compare", help="two runs of stage 1 side by side")
+    one.add_argument("runs", type=Path, nargs=2, metavar="RUN")
     args = parser.parse_args()
     if args.command == "list":
         return list_labs()
     if args.command == "hint":
         return hint(args.number, args.which)
+    if args.command == "plant":
+        return plant(args.bug, args.folder or Path("my_labs", f"bug_{args.bug}"), args.seed)
+    if args.command == "guess":
+        return guess(args.bug, args.name, args.seed)
+    if args.command == "compare":
+        return compare(*args.runs)
     folder = args.folder or Path("my_labs", str(args.number))
     if args.command == "start":
         return start(args.number, folder)
