@@ -89,7 +89,8 @@ def test_every_phase_gets_its_own_time(monkeypatch):
     kills: a phase that ends where a call ends, not where the next begins (sampling counts with the
     prefill, the KL with the reference), or that starts with the second call of its kind"""
     clock = [0]
-    monkeypatch.setattr(grpo_step.time, "perf_counter", lambda: clock[0])
+    for name in ("perf_counter", "process_time"):
+        monkeypatch.setattr(grpo_step.time, name, lambda: clock[0])
 
     class Takes(torch.nn.Linear):
         def forward(self, seconds):
