@@ -15,6 +15,8 @@ import sys
 from dataclasses import fields
 
 import figures
+from pathlib import Path
+
 import pytest
 from helpers import ROOT, TESTS, write
 
