@@ -13,10 +13,9 @@ import shutil
 import statistics
 import sys
 from dataclasses import fields
-
-import figures
 from pathlib import Path
 
+import figures
 import pytest
 from helpers import ROOT, TESTS, write
 
