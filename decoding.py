@@ -1,15 +1,18 @@
 """
 How a model is run token by token behind a cache, and what its tokens may see. Nothing here is about
-RL: the samplers are sample_group() in the stages and generate() in stage 0.
+RL: that is sample_group() in the stages, which samples by this Decoder. (Stage 0 judges by
+transformers' generate(), with a cache of its own.)
 
     masks      a 4-D mask for each kind of layer                                 layer_masks
     attention  of grouped queries without copies of the keys                     grouped_attention
     cache      with room for the tokens to come                                  RoomyLayer
     speed      on a GPU, a token as one CUDA graph                               Decoder
 
-Shapes: B prompts, A answers of each that are not finished, L tokens in the cache, V vocabulary.
+Shapes: B prompts with an unfinished answer, A columns (as many answers as the prompt with most has
+unfinished), L tokens in the cache, V vocabulary.
 """
 
+import warnings
 from functools import partial
 
 import torch
@@ -96,7 +99,7 @@ class RoomyLayer(DynamicLayer):
 
     def extend(self, old, new):
         (n, heads, length, dim), end = old.shape, old.shape[2] + new.shape[2]
-        if end > room(old):
+        if length == 0 or end > room(old):  # 0: the memory of the first keys, not ours
             tokens = max(end, min(self.most, end + end // 2))
             roomy = new.new_zeros(n, heads, tokens, dim)  # a graph multiplies them by 0: no NaN
             roomy[:, :, :length] = old
@@ -147,7 +150,9 @@ class Decoder:
             try:
                 self.replay = record(self.run_in_place)
             except RuntimeError as e:
-                print(f"decoding without a CUDA graph, slower: {str(e).splitlines()[0]}")
+                warnings.warn(f"decoding without a CUDA graph, slower: {str(e).splitlines()[0]}. If "
+                              "memory is short, lower --rollout_batch or --eval_batch.",
+                              stacklevel=2)
                 self.records = False
                 self.write_at(None)
                 return self.run(token, masks, position)

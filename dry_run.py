@@ -14,7 +14,7 @@ Memory is told for the worst case: all prompts have --max_prompt_tokens and all 
 --max_new_tokens. It is that of a GPU, where autocast computes in bf16 with fp32 weights.
 
 Shapes: P prompt length, C answer length, G answers that share a prompt, L = P + G*C, b prompts in a
-micro-batch, S = G*C tokens that are scored, N answers that are sampled together, V vocabulary.
+micro-batch, S = G*C tokens that are scored, V vocabulary.
 """
 
 import re
@@ -30,6 +30,7 @@ from transformers.utils import cached_file
 
 import common
 import data
+import decoding
 from stage1_text_grpo import ROWS_AT_ONCE
 
 PROCESSES = (1, 8, 16)
@@ -334,7 +335,7 @@ def on_meta(config):
     if hasattr(config, "vision_config"):
         auto = transformers.AutoModelForImageTextToText
     with torch.device("meta"):
-        return auto.from_config(config, attn_implementation="grouped")
+        return auto.from_config(config, attn_implementation=decoding.ATTENTION)
 
 
 def measure(name, config, cfg=None):
@@ -686,7 +687,7 @@ def print_line(size, work, processes, shards):
     terms = memory(size, work, shards)
     cells = [f"{terms[name] / GIB:8.1f}" for name in TERMS]
     peak = max(terms[name] for name in PEAKS)
-    fits = ["yes" if peak <= room * GIB else "no" for room in CARDS.values()]
+    fits = ["yes" if peak <= most * GIB else "no" for most in CARDS.values()]
     micro, rolled_out = largest(size, work, shards, "80 GB")
     if work.kind == "sft":  # stage 2b counts them over all processes
         rolled_out *= processes

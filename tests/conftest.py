@@ -3,6 +3,7 @@ second one only waits for the first (and sums round otherwise); and the fixtures
 files share."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import toy_world  # noqa: E402  (it is on the path only now)
 from helpers import RANK_VARIABLES, small_world  # noqa: E402  (as above)
 
 import common  # noqa: E402  (as above)
+import decoding  # noqa: E402  (as above)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,3 +58,26 @@ def encoder(loaded):
 def eight_rows(tmp_path_factory):
     """A world of eight rows per file. -> folder"""
     return small_world(tmp_path_factory.mktemp("eight"), **dict.fromkeys(toy_world.SIZES, 8))
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """On the CPU, what a GPU does with a CUDA graph: from a token on, run_in_place() is called with
+    nothing but what stands in its inputs. Counts the recordings and those calls."""
+    counts, real = Counter(), decoding.Decoder.__init__
+
+    def records(self, model, most):
+        real(self, model, most)
+        self.records = True
+
+    def record(function):
+        counts["recordings"] += 1
+        function()  # as the real one
+
+        def replay():
+            counts["replays"] += 1
+            function()
+        return replay
+    monkeypatch.setattr(decoding.Decoder, "__init__", records)
+    monkeypatch.setattr(decoding, "record", record)
+    return counts

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import common
+import decoding
 from data import load_rows
 
 TESTS = Path(__file__).resolve().parent
@@ -163,6 +164,20 @@ def rejects(check, *args, **more):
     crashes would show nothing."""
     with pytest.raises(AssertionError):
         check(*args, **more)
+
+
+def check_recorded(model, encoder, prompts, group_size, temperature):
+    """Under the fixture `recorded`: 40 tokens of each answer are those that are simply run."""
+    import stage1_text_grpo as stage1  # here, because few files need it
+    arguments = model, encoder, prompts, group_size, temperature, 40
+    got = stage1.sample_group(*arguments, torch.Generator().manual_seed(3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding.Decoder, "__call__", decoding.Decoder.run)
+        want = stage1.sample_group(*arguments, torch.Generator().manual_seed(3))
+    assert got.ids == want.ids
+    for group in zip(got.logp, want.logp, strict=True):
+        for mine, theirs in zip(*group, strict=True):
+            assert torch.allclose(torch.tensor(mine), torch.tensor(theirs), atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------- small worlds

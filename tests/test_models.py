@@ -10,6 +10,7 @@ import pytest
 import torch
 import toy_world
 import transformers
+from helpers import check_recorded
 
 import common
 import decoding
@@ -38,6 +39,7 @@ def qwen3(**size):
 
 
 def gemma3(**size):
+    size["num_key_value_heads"] = 1  # as in 270M and 1B: keys [B, 1, L, dim]
     return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(
         **size, sliding_window=WINDOW, layer_types=KINDS))
 
@@ -133,6 +135,15 @@ def test_decoding_keeps_the_window(world):
         scored = packed(sampled)
     flat = [torch.tensor(logp) for group in rollout.logp for logp in group]
     assert largest_difference(scored, flat) < 1e-4
+
+
+def test_recorded_tokens_keep_the_window(world, recorded):
+    # kills: masks of several kinds of layers that are not copied, or do not cover the room
+    encoder = copy.copy(world.encoder)
+    encoder.eos_ids = list(range(0, 300, 30))  # finished prompts leave the batch
+    for group_size in (5, 1):
+        check_recorded(world.model, encoder, world.prompts, group_size, 1.0)
+    assert recorded["replays"] > recorded["recordings"] > 1
 
 
 def test_a_kind_of_layer_that_is_not_known_is_refused(world):

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 import toy_world
 import transformers
 from helpers import (
-    PROGRAMS, ROOT, flags, lines, noise, rejects, run_here, small_world, torchrun, weights_of,
-    write_video)
+    PROGRAMS, ROOT, check_recorded, flags, lines, noise, rejects, run_here, small_world, torchrun,
+    weights_of, write_video)
 from PIL import Image
 from tokenizers import AddedToken
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
@@ -417,6 +417,14 @@ def test_greedy_answers_are_those_of_generate(world):
         with pytest.MonkeyPatch.context() as patch:
             wrong(patch, world)
             rejects(right_greedy_answers, world, stage1.sample_group)
+
+
+def test_recorded_tokens_are_those_that_are_run(world, recorded):
+    # kills: positions in three parts that are not copied
+    encoder = copy.copy(world.encoder)
+    encoder.eos_ids = list(range(0, 300, 30))  # finished prompts leave the batch
+    check_recorded(world.model, encoder, world.prompts, 3, 1.0)
+    assert recorded["replays"] > recorded["recordings"] > 1
 
 
 def answers_go_on_at_the_number_of_tokens_when_sampled(patch, world):
