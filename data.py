@@ -780,18 +780,19 @@ def from_videodpo(r, where):
 
 
 # one by one and from the first # of a row: as one pattern they take quadratic time on some texts
-_R1_HEADINGS = [re.compile(pattern) for pattern in (
-    r"\[Question\]:?", r"(?<!#)#+ *\[Response 1\]:?", r"(?<!#)#+ *\[Response 2\]:?")]
+_R1_HEADINGS = {"[Question]": re.compile(r"\[Question\]:?"),
+                "[Response 1]": re.compile(r"(?<!#)#+ *\[Response 1\]:?"),
+                "[Response 2]": re.compile(r"(?<!#)#+ *\[Response 2\]:?")}
 _R1_END = re.compile(r"(?<!#)#+ *\**Output Format")
 
 
 def r1_sections(text):
     """R1-Reward's judge prompt -> question and both responses. Raises BadRow."""
     sections, at = [], 0
-    for heading in _R1_HEADINGS:
+    for name, heading in _R1_HEADINGS.items():
         found = heading.search(text, at)
         if not found:
-            raise BadRow("is no R1-Reward row: a section is missing")
+            raise BadRow(f"is no R1-Reward row: section {name} is missing")
         sections.append(text[at:found.start()])
         at = found.end()
     end = _R1_END.search(text, at)

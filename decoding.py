@@ -150,9 +150,9 @@ class Decoder:
             try:
                 self.replay = record(self.run_in_place)
             except RuntimeError as e:
-                warnings.warn(f"decoding without a CUDA graph, slower: {str(e).splitlines()[0]}. If "
-                              "memory is short, lower --rollout_batch or --eval_batch.",
-                              stacklevel=2)
+                reason = str(e).splitlines()[0]
+                warnings.warn(f"decoding without a CUDA graph, slower: {reason}. If memory is "
+                              "short, lower --rollout_batch or --eval_batch.", stacklevel=2)
                 self.records = False
                 self.write_at(None)
                 return self.run(token, masks, position)

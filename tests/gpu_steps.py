@@ -325,9 +325,8 @@ def replace_of_cmkd(stage, watch, size):
 def tell_stage(name, args, cfg, log, calls):
     """A line: the last step, and each peak beside that of the dry run."""
     size = SIZES[args.size]
-    form = getattr(cfg, "form", getattr(sys.modules[type(cfg).__module__], "FORM", "pixels"))
     tiles = size["tiles"] * (STAGES[name][1] in ("image", "pair"))
-    work = replace(dry_run.work_of(cfg, 1, form), tiles=tiles, judged=0)
+    work = replace(dry_run.work_of(cfg, 1, dry_run.form_of(cfg)), tiles=tiles, judged=0)
     config = transformers.AutoConfig.from_pretrained(cfg.model)
     told = dry_run.memory(dry_run.measure("--model", config, cfg), work)
     last = log[-1]
