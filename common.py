@@ -1111,6 +1111,7 @@ def load(folder, device="cpu", made_by="", shards=False, **encoder_args):
         raise SystemExit(f"{folder}: cannot be loaded as a checkpoint ({type(e).__name__}: "
                          f"{reason}). It must hold model, tokenizer and, for a vision model, "
                          f"image processor, as save_pretrained writes them{maker}.") from e
+    decoding.refuse_other_attention(model)
     return model.to(device).eval(), encoder
 
 

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -70,6 +70,16 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
 
 AttentionInterface.register(ATTENTION, grouped_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def refuse_other_attention(model):
+    """PyTorch's attention has no soft cap (Gemma 2) and no sinks (gpt-oss): it would leave them out
+    in silence. transformers refuses "sdpa" for such models, but not a name that is new to it."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and not part._supports_sdpa:
+            raise SystemExit(f"{part.config.model_type}: its attention cannot be computed by "
+                             "scaled_dot_product_attention, so it is not supported. Take another "
+                             "model, as InternVL3.5 or Qwen3.")
 
 
 def new_cache(most):

@@ -328,6 +328,14 @@ class Size:
         given = getattr(self.text, "head_dim", None)
         return given or self.text.hidden_size // self.text.num_attention_heads
 
+    @property
+    def kv_heads(self):  # old models (GPT-2, Pythia) have as many as of queries, and do not say so
+        return getattr(self.text, "num_key_value_heads", None) or self.text.num_attention_heads
+
+    @property
+    def intermediate(self):  # GPT-2 and OPT have other names for it, and four times as a rule
+        return getattr(self.text, "intermediate_size", None) or 4 * self.text.hidden_size
+
 
 def on_meta(config):
     """The model of a config, without weights."""
@@ -335,7 +343,9 @@ def on_meta(config):
     if hasattr(config, "vision_config"):
         auto = transformers.AutoModelForImageTextToText
     with torch.device("meta"):
-        return auto.from_config(config, attn_implementation=decoding.ATTENTION)
+        model = auto.from_config(config, attn_implementation=decoding.ATTENTION)
+    decoding.refuse_other_attention(model)
+    return model
 
 
 def measure(name, config, cfg=None):
@@ -474,8 +484,8 @@ def adamw_temporaries(size, fused=True, shards=1):
 def layer_activations(size, rows, length, mixed=True):
     """What autograd keeps of one layer of Qwen3 for `rows` sequences of `length` tokens. `mixed`:
     under autocast, else in fp32."""
-    h, f, heads = size.text.hidden_size, size.text.intermediate_size, size.text.num_attention_heads
-    q, k = heads * size.head_dim, size.text.num_key_value_heads * size.head_dim
+    h, f, heads = size.text.hidden_size, size.intermediate, size.text.num_attention_heads
+    q, k = heads * size.head_dim, size.kv_heads * size.head_dim
     token = 2 * 4 * h + 4 * q + 4 * k       # inputs of all norms, fp32
     if mixed:
         token += 5 * 2 * h                  # their output, in bf16 once for each of q k v gate up
@@ -485,14 +495,14 @@ def layer_activations(size, rows, length, mixed=True):
     else:                                                           # norms' weights
         token += 2 * 4 * h + 4 * 4 * q + 4 * 4 * f
         token += 0 if size.lora else 2 * 4 * h + 4 * q + 4 * k
-    token += 4 * (2 + 2 * heads + size.text.num_key_value_heads)  # norms' scales, logsumexp
+    token += 4 * (2 + 2 * heads + size.kv_heads)  # norms' scales, logsumexp
     return rows * (length * token + (2 if mixed else 4) * length ** 2)  # the mask, as numbers
 
 
 def layer_temporaries(size, tokens, mixed=True):
     """Of the backward of one layer beyond what was kept: gradients of its output (also in bf16), of
     the widest activation and of the widest weight (in both)."""
-    h, f = size.text.hidden_size, size.text.intermediate_size
+    h, f = size.text.hidden_size, size.intermediate
     if mixed:
         return tokens * (6 * h + 2 * f) + 6 * h * f
     return 4 * tokens * (h + f) + 4 * h * f
@@ -570,7 +580,7 @@ def pixel_bytes(work):
 def cache_bytes(size, prompts, tokens, mixed=True):
     """Keys and values [prompts, kv_heads, tokens, head_dim] of all layers; `tokens`: of a prompt
     and all its answers."""
-    token = 2 * prompts * size.text.num_key_value_heads * size.head_dim
+    token = 2 * prompts * size.kv_heads * size.head_dim
     return size.text.num_hidden_layers * token * tokens * (2 if mixed else 4)
 
 
@@ -580,14 +590,14 @@ def sampling_bytes(size, work, prompts, samples, mixed=True):
     number = 2 if mixed else 4
     q = size.text.num_attention_heads * size.head_dim
     # of one layer without gradients: its inputs, and the widest of what it makes of them
-    width = 12 * size.text.hidden_size + max(3 * number * size.text.intermediate_size, 14 * q)
+    width = 12 * size.text.hidden_size + max(3 * number * size.intermediate, 14 * q)
     most = work.prompt + samples * work.answer
     roomy = min(most, 3 * work.prompt // 2)  # decoding.RoomyLayer
     begins = cache_bytes(size, prompts, roomy, mixed) + prompts * work.prompt * width
     begins += prompts * work.prompt ** 2 * (1 + number)  # the mask, as truth values and numbers
     cast_weight, cast_head = 0, 0
     if mixed:  # autocast's copies of the weight at work
-        cast_weight = 2 * size.text.hidden_size * size.text.intermediate_size
+        cast_weight = 2 * size.text.hidden_size * size.intermediate
         cast_head = 2 * size.head
     if size.vision and work.tiles:
         width = 10 * size.vision.hidden_size + 2 * number * size.vision.intermediate_size

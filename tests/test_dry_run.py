@@ -143,6 +143,18 @@ def test_tied_embeddings_count_once(tied):
     assert scored.parameters == size.parameters + head
 
 
+@pytest.mark.parametrize("config, kv_heads, intermediate", [
+    (transformers.GPT2Config(n_embd=60, n_layer=3, n_head=5), 5, 240),
+    (transformers.GPTNeoXConfig(hidden_size=60, num_hidden_layers=3, num_attention_heads=5,
+                                intermediate_size=77), 5, 77)])
+def test_models_that_do_not_name_their_sizes_as_others_do(config, kv_heads, intermediate):
+    # --shard auto asks for every model. kills: num_key_value_heads taken for granted
+    size = dry_run.measure("old", config)
+    assert (size.kv_heads, size.intermediate) == (kv_heads, intermediate)
+    assert dry_run.cache_bytes(size, 2, 7) == 3 * 2 * 2 * 7 * 60 * 2
+    assert dry_run.replica_gib(stage1.Config(), config) > 0
+
+
 def test_an_adapter_trains_little():
     # kills: trained weights of the whole model, a second model as reference, copies by autocast
     pytest.importorskip("peft")

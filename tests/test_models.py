@@ -14,6 +14,7 @@ from helpers import check_recorded
 
 import common
 import decoding
+import dry_run
 import stage0_sft
 import stage1_text_grpo as stage1
 
@@ -153,6 +154,35 @@ def test_a_kind_of_layer_that_is_not_known_is_refused(world):
     model.config.layer_types = ["chunked_attention"] * 3
     with pytest.raises(SystemExit, match="chunked_attention"):
         decoding.layer_masks(model, torch.ones(1, 1, 2, 2) > 0, torch.arange(2)[None])
+
+
+def soft_capped(size):
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**size))
+
+
+def with_sinks(size):
+    config = transformers.GptOssConfig(**size, num_local_experts=5)
+    return transformers.GptOssForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [soft_capped, with_sinks])
+def test_an_attention_that_is_not_pytorchs_is_refused(make, tmp_path):
+    # kills: soft caps and sinks left out in silence
+    tokenizer = toy_world.make_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    model = make(SIZE | dict(vocab_size=len(tokenizer), eos_token_id=1, pad_token_id=0))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="(gemma2|gpt_oss): its attention .* Take another model"):
+        common.load(tmp_path)
+
+
+def test_an_attention_inside_that_is_not_pytorchs_is_refused():
+    # As in InternVL3.5's 20B. kills: the outermost model alone asked
+    text = transformers.GptOssConfig(**SIZE, vocab_size=97, num_local_experts=5, pad_token_id=0)
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.InternVLConfig(text_config=text.to_dict(), vision_config=vision)
+    with pytest.raises(SystemExit, match="gpt_oss: its attention"):
+        dry_run.measure("20B", config)
 
 
 def test_one_dtype_in_the_cache():
