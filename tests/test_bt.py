@@ -63,14 +63,16 @@ def test_the_head_that_nothing_uses_is_frozen(encoder, tied):
 
 # ------------------------------------------------------------------------------------ loss and head
 def check_loss(bt_loss):
-    """Loss and gradient against a loop in float64."""
-    chosen, rejected, lam = [2.5, -1.0, 0.3], [1.0, 3.5, 0.3], 0.07
+    """Loss and gradient in fp32 against a loop in float64, differences of -100 and -200 included,
+    whose sigmoid is 0 in fp32."""
+    chosen, rejected, lam = [2.5, -1.0, 0.3, -60.0, 0.0], [1.0, 3.5, 0.3, 40.0, 200.0], 0.07
     c, r = (torch.tensor(x, requires_grad=True) for x in (chosen, rejected))
     loss = bt_loss(c, r, lam)
     loss.sum().backward()
     for i, (a, b) in enumerate(zip(chosen, rejected, strict=True)):
         wrong = 1 / (1 + math.exp(a - b))  # the probability of the other order
-        assert loss[i].item() == pytest.approx(-math.log(1 - wrong) + lam * (a + b) ** 2, rel=1e-5)
+        first = math.log1p(math.exp(b - a))
+        assert loss[i].item() == pytest.approx(first + lam * (a + b) ** 2, rel=1e-5)
         assert c.grad[i].item() == pytest.approx(-wrong + 2 * lam * (a + b), rel=1e-4)
         assert r.grad[i].item() == pytest.approx(wrong + 2 * lam * (a + b), rel=1e-4)
 

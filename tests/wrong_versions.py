@@ -1019,6 +1019,12 @@ def mean_regularised(chosen, rejected, zero_coefficient):
     return -F.logsigmoid(chosen - rejected) + zero_coefficient * ((chosen + rejected) / 2) ** 2
 
 
+def log_of_the_sigmoid(chosen, rejected, zero_coefficient):
+    """Right in exact arithmetic; in fp32 the sigmoid of -100 is 0."""
+    loss = -torch.sigmoid(chosen - rejected).log()
+    return loss + zero_coefficient * (chosen + rejected) ** 2
+
+
 def sum_rewarded(chosen, rejected, zero_coefficient):
     return bt_loss(chosen, rejected, -zero_coefficient)
 
@@ -1027,6 +1033,7 @@ BT_LOSSES = {
     "difference without the sigmoid": no_sigmoid,
     "sides exchanged": sides_exchanged,
     "probability in place of its logarithm": no_logarithm,
+    "log of the sigmoid": log_of_the_sigmoid,
     "each score alone": each_score_alone,
     "difference in place of the sum in the regulariser": difference_regularised,
     "mean in place of the sum in the regulariser": mean_regularised,

@@ -388,6 +388,11 @@ def bt_cases(seed):
             g = torch.Generator().manual_seed(number)
             chosen, rejected = 3 * torch.randn(2, 7, generator=g, dtype=torch.float64)
             cases[f"coefficient {coefficient}, scores {number}"] = chosen, rejected, coefficient
+    # Numbers without rounding errors, so that each safe way to write it gives the same.
+    chosen, rejected = torch.tensor([[-100.0, -200.0, -64.0], [0.0, 0.0, 136.0]])
+    for coefficient in (0.0, 0.25):
+        label = f"fp32, coefficient {coefficient}, differences of -100 and -200"
+        cases[label] = chosen, rejected, coefficient
     return cases
 
 
