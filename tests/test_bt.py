@@ -220,6 +220,20 @@ def check_balance(balanced):
     kept = balanced(rows, seed=0)
     assert sorted(sides[r["id"]] for r in kept if r["id"] < 12) == [-1] * 3 + [0] * 2 + [1] * 3
     assert len({r["id"] for r in kept}) == 9 and 12 in {r["id"] for r in kept}
+    drawn = [sorted(r["id"] for r in balanced(rows, seed)) for seed in (0, 1, 2, 3, 4) * 2]
+    assert drawn[:5] == drawn[5:], "one seed drops now these rows and now those"
+    assert any(ids != drawn[0] for ids in drawn), "all seeds drop the same rows"
+    check_nothing_left(balanced)
+
+
+def check_nothing_left(balanced):
+    rows = [{"id": i, "responses": ["long", "x"], "label": "A"} for i in range(7)]
+    try:
+        balanced(rows, seed=0)
+    except SystemExit as error:
+        assert isinstance(error.code, str) and error.code, "SystemExit does not say why"
+    else:
+        raise AssertionError("no row is left, and no SystemExit comes")
 
 
 def test_length_balance():

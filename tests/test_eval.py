@@ -666,10 +666,13 @@ def judged(points, weight=1.0):
 
 def check_comparison(compare):
     """Eight questions of three rows each, by hand: the first judge has more points in five of them,
-    the second in one, and two are equal, one of them with other rows right."""
+    the second in one, and two are equal, one of them with other rows right. Two rows of weight 0,
+    one of a question of its own, count for nothing."""
     first = judged([1, 1, 1, 1, 1, 0, 1, 0, 1, 1, 1, 1, 0, 1, 0, 0, 0, 1, 1, 0, 0, 1, 1, 0])
     second = judged([0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 0, 1, 0, 0, 1, 1, 1, 0])
     totals = [2, 1, 2, 1, 1, -1, 0, 0]  # rows of a question: what the first has more
+    for rows, points in ((first, 1.0), (second, 0.0)):
+        rows += [{"weight": 0.0, "cluster": question, "points": points} for question in (7, 8)]
     middle = sum(totals) / 24
     deviations = [total - 3 * middle for total in totals]
     half = 1.96 * math.sqrt(sum(x ** 2 for x in deviations) * 8 / 7) / 24

@@ -868,14 +868,18 @@ def sign_p(better, worse, equal):
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2 ** n)
 
 
-def paired_spread(first, second, totals):
+def paired_spread(first, second, totals, corrected=True):
     """Variance of the sum of the questions' paired differences."""
     weights = sum(row["weight"] for row in first)
     values = [a["points"] - b["points"] for a, b in zip(first, second, strict=True)]
     mean = sum(row["weight"] * value for row, value in zip(first, values, strict=True)) / weights
     sums = totals(first, [value - mean for value in values])
     n = len(sums)
-    return sum(value ** 2 for value in sums) * n / max(1, n - 1)
+    return sum(value ** 2 for value in sums) * (n / max(1, n - 1) if corrected else 1)
+
+
+def uncorrected_spread(first, second, totals):
+    return paired_spread(first, second, totals, corrected=False)
 
 
 def unpaired_spread(first, second, totals):
@@ -888,10 +892,15 @@ def by_rows(rows, values):
     return [row["weight"] * value for row, value in zip(rows, values, strict=True)]
 
 
+def rows_with_weight(rows):
+    return [row for row in rows if row["weight"] > 0]
+
+
 def comparison(sign=1, p=sign_p, spread=paired_spread, tested=totals_of, measured=totals_of,
-               z=1.96):
+               z=1.96, used=rows_with_weight, counted=lambda rows, used: used):
     """compare() with another part."""
     def compare(first, second):
+        all_rows, first, second = first, used(first), used(second)
         differences = [sign * (a["points"] - b["points"])
                        for a, b in zip(first, second, strict=True)]
         weights = sum(row["weight"] for row in first)
@@ -901,7 +910,8 @@ def comparison(sign=1, p=sign_p, spread=paired_spread, tested=totals_of, measure
         better = sum(total > 1e-9 for total in totals)
         worse = sum(total < -1e-9 for total in totals)
         return {"difference": middle, "interval": [middle - half, middle + half],
-                "first_better": better, "second_better": worse, "n": len(first),
+                "first_better": better, "second_better": worse,
+                "n": len(counted(all_rows, first)),
                 "questions": len(totals_of(first, differences)),
                 "sign_test_p": p(better, worse, len(totals) - better - worse)}
     return compare
@@ -926,6 +936,9 @@ COMPARISONS = {
     "one-sided p": comparison(p=one_sided),
     "questions of equal points have a share in p": comparison(p=equal_questions_count),
     "second minus first": comparison(sign=-1),
+    "n counts rows of weight 0": comparison(counted=lambda rows, used: rows),
+    "rows of weight 0 not left out": comparison(used=lambda rows: rows),
+    "no n / (n - 1) in the interval": comparison(spread=uncorrected_spread),
 }
 
 
@@ -935,7 +948,12 @@ def characters_more(row):
     return a - b if row["label"] == "A" else b - a
 
 
-def balance_rule(extra=characters_more, kept_equal=True, repeated=False, dropped=True):
+def by_chance(rows, n, seed):
+    return random.Random(seed).sample(rows, n)
+
+
+def balance_rule(extra=characters_more, kept_equal=True, repeated=False, dropped=True,
+                 drawn=by_chance, stops=True):
     """balanced() with another part."""
     def balanced(rows, seed):
         sides = {1: [], -1: [], 0: []}
@@ -949,8 +967,12 @@ def balance_rule(extra=characters_more, kept_equal=True, repeated=False, dropped
             longer = longer + rng.choices(longer, k=n - len(longer))
             shorter = shorter + rng.choices(shorter, k=n - len(shorter))
         elif dropped:
-            longer, shorter = rng.sample(longer, n), rng.sample(shorter, n)
-        return [*(sides[0] if kept_equal else []), *longer, *shorter]
+            longer, shorter = drawn(longer, n, seed), drawn(shorter, n, seed)
+        kept = [*(sides[0] if kept_equal else []), *longer, *shorter]
+        if stops and not kept:
+            raise SystemExit("no row is left: the better response is never the longer one, "
+                             "or always")
+        return kept
     return balanced
 
 
@@ -964,6 +986,10 @@ BALANCES = {
     "rows of equal length dropped": balance_rule(kept_equal=False),
     "rare rows repeated in place of frequent ones dropped": balance_rule(repeated=True),
     "nothing dropped": balance_rule(dropped=False),
+    "the same rows for every seed, such as the first": balance_rule(
+        drawn=lambda rows, n, seed: rows[:n]),
+    "the seed is ignored": balance_rule(drawn=lambda rows, n, seed: random.sample(rows, n)),
+    "an empty list in place of SystemExit": balance_rule(stops=False),
 }
 
 

@@ -418,16 +418,27 @@ def balance_cases(seed):
             rows.append(text_row(id=str(i), responses=texts if label == "A" else texts[::-1],
                                  label=label))
         cases[f"61 rows, {number}"] = rows
+    for name, text in (("longer", "a longer text"), ("shorter", "")):
+        cases[f"better is {name} in all rows"] = [
+            text_row(id=str(i), responses=[text, "x y"], label="A") for i in range(5)]
     return cases
 
 
 def kept_by_length(balanced, rows):
-    """-> rows kept whose better response is longer, shorter, as long; different rows; and whether
-    another seed keeps as many"""
-    kept = balanced(rows, 0)
+    """-> rows kept whose better response is longer, shorter, as long; different rows; whether
+    another seed keeps as many; and in words which rows each seed keeps. Or, in words, how it
+    stops."""
+    try:
+        kept = balanced(rows, 0)
+    except SystemExit as error:
+        return f"SystemExit {'with a' if isinstance(error.code, str) else 'without a'} line"
+    others, again = balanced(rows, 1), balanced(rows, 0)
     extra = [bt_reward.extra_length(row) for row in kept]
+    ids, other_ids, same_ids = ({row["id"] for row in some} for some in (kept, others, again))
     return (sum(x > 0 for x in extra), sum(x < 0 for x in extra), sum(x == 0 for x in extra),
-            len({row["id"] for row in kept}), len(balanced(rows, 1)) == len(kept))
+            len(ids), len(others) == len(kept),
+            "two seeds keep " + ("the same rows" if ids == other_ids else "different rows"),
+            "one seed keeps " + ("the same rows" if ids == same_ids else "different rows"))
 
 
 def flip_cases(seed):
@@ -466,7 +477,8 @@ def figure_of(summarize, case):
 
 
 def comparison_cases(seed):
-    """Two judges on questions of one, three or some rows; equal weights, or not."""
+    """Two judges on questions of one, three or some rows; equal weights, or not, and then some
+    are 0, all of question 5 among them."""
     cases = {}
     for number, size in enumerate((1, 3, 3, 0)):
         rng = random.Random(f"{seed} {number}")
@@ -474,7 +486,9 @@ def comparison_cases(seed):
         for question in range(12):
             luck = rng.choice([0.2, 0.9])
             for _ in range(size or rng.randint(1, 4)):
-                weight = 1.0 if number < 2 else rng.choice([0.5, 1.0, 2.0])
+                weight = 1.0 if number < 2 else rng.choice([0.0, 0.5, 1.0, 2.0])
+                if number > 1 and question == 5:
+                    weight = 0.0
                 for rows, chance in ((first, luck), (second, 0.4)):
                     rows.append({"weight": weight, "cluster": question,
                                  "points": float(rng.random() < chance)})
