@@ -166,6 +166,16 @@ def rejects(check, *args, **more):
         check(*args, **more)
 
 
+def check_stops(function, *args):
+    """SystemExit with a line that says why. An AssertionError if not, as rejects() wants it."""
+    try:
+        function(*args)
+    except SystemExit as error:
+        assert isinstance(error.code, str) and error.code, "SystemExit does not say why"
+    else:
+        raise AssertionError("no SystemExit comes")
+
+
 def check_recorded(model, encoder, prompts, group_size, temperature):
     """Under the fixture `recorded`: 40 tokens of each answer are those that are simply run."""
     import stage1_text_grpo as stage1  # here, because few files need it

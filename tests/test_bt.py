@@ -12,7 +12,8 @@ import toy_world
 import torch
 import wrong_versions
 from helpers import (
-    flags, lines, rejects, run_here, small_world, text_only_model, torchrun, weights_of)
+    check_stops, flags, lines, rejects, run_here, small_world, text_only_model, torchrun,
+    weights_of)
 from safetensors.torch import load_file
 
 import bt_reward as bt
@@ -223,17 +224,7 @@ def check_balance(balanced):
     drawn = [sorted(r["id"] for r in balanced(rows, seed)) for seed in (0, 1, 2, 3, 4) * 2]
     assert drawn[:5] == drawn[5:], "one seed drops now these rows and now those"
     assert any(ids != drawn[0] for ids in drawn), "all seeds drop the same rows"
-    check_nothing_left(balanced)
-
-
-def check_nothing_left(balanced):
-    rows = [{"id": i, "responses": ["long", "x"], "label": "A"} for i in range(7)]
-    try:
-        balanced(rows, seed=0)
-    except SystemExit as error:
-        assert isinstance(error.code, str) and error.code, "SystemExit does not say why"
-    else:
-        raise AssertionError("no row is left, and no SystemExit comes")
+    check_stops(balanced, [{"id": 0, "responses": ["long", "x"], "label": "A"}], 0)
 
 
 def test_length_balance():

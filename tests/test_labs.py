@@ -132,6 +132,29 @@ def test_an_unknown_mistake_is_not_given_a_name(student):
     assert any("nearest is: unbiased standard deviation (" in line for line in report["lines"])
 
 
+def test_the_assertion_that_fails_is_shown(student):
+    """A mistake that only the tests' oracle finds, here in five scores only.
+    kills: a bare assert, of which its error says nothing"""
+    text = solution(9)["bt_loss"].replace("    loss =", "    if len(chosen) == 5:\n"
+                                          "        return 1.1 * chosen\n    loss =", 1)
+    report = diagnosis.examine(9, student(9, solution(9) | {"bt_loss": text}))
+    said = "\n".join(report["lines"])
+    assert "but not for the tests' check_loss: AssertionError" in said
+    assert re.search(r"What fails there is: assert loss\[i\]\.item\(\) == pytest\.approx\(first .+ "
+                     r"\(test_bt\.py:\d+\)", said), said
+
+
+@pytest.mark.parametrize("number, function", [(7, "choose_replay"), (9, "balanced")])
+def test_what_our_functions_print_is_not_the_students(student, capsys, number, function):
+    """With a function that prints nothing, where today's prints a line.
+    kills: each line on stdout taken for the student's"""
+    quiet = (f"def {function}(*args, **more):\n    import wrong_versions\n"
+             f"    return wrong_versions.{function}(*args, **more)\n")
+    report = diagnosis.examine(number, student(number, solution(number) | {function: quiet}), 41)
+    assert report["parts"][function]["state"] == "right", report["lines"]
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("line, said", [
     ("rewards += 1e-3 * rewards.sign() - 1e-3 * rewards.sign()", "right in"),
     ("1 / 0", r"yours stops: ZeroDivisionError: .+ \(stage1_text_grpo\.py:\d+\)"),

@@ -13,8 +13,8 @@ import toy_world
 import torch
 import wrong_versions
 from helpers import (
-    OTHER, ROOT, flags, lines, rejects, run_here, same_weights, small_world, text_row, thinks,
-    torchrun, weights_of)
+    OTHER, ROOT, check_stops, flags, lines, rejects, run_here, same_weights, small_world, text_row,
+    thinks, torchrun, weights_of)
 
 import common
 from data import captioned, load_rows
@@ -406,20 +406,25 @@ def verdicts_of(rows, verdicts):
 
 
 def check_replayed(choose_replay):
-    """Rows that are judged right in both orders. kills: one order enough, unparsable counted as
-    right, rows with wrong verdicts"""
-    cfg = stage2.Config(replay="texts.jsonl", replay_candidates=9)
-    texts = [text_row(id=str(i), label="ABB"[i % 3]) for i in range(12)]
+    """Rows that are judged right in both orders, of 9 candidates, and of all 14 rows where more
+    candidates are wanted. kills: one order enough, unparsable counted as right, rows with wrong
+    verdicts, rows that come twice, all rows for candidates"""
+    texts = [text_row(id=str(i), label="ABB"[i % 3]) for i in range(14)]
     verdicts = [("right", "right"), ("right", "wrong"), ("wrong", "wrong"), ("right", None)]
 
     def judge(model, encoder, rows, *args, **kwargs):
-        assert len(rows) == 9
         return verdicts_of(rows, verdicts)
+    for candidates, n in ((9, 9), (20, 14)):
+        cfg = stage2.Config(replay="texts.jsonl", replay_candidates=candidates)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(common, "judge", judge)
+            chosen = choose_replay(None, None, texts, cfg)
+        rows = common.batch_of(texts, 0, n, cfg.seed)
+        assert [r["id"] for r in chosen] == [rows[i]["id"] for i in range(0, n, 4)]
+    verdicts = [("right", "wrong")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "judge", judge)
-        chosen = choose_replay(None, None, texts, cfg)
-    rows = common.batch_of(texts, 0, 9, cfg.seed)
-    assert [r["id"] for r in chosen] == [rows[i]["id"] for i in (0, 4, 8)]
+        check_stops(choose_replay, None, None, texts, cfg)
 
 
 def test_replayed_texts_are_those_judged_right_in_both_orders():

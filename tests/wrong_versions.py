@@ -660,14 +660,17 @@ def both_right(preds, label):
     return all(pred == label for pred in preds)
 
 
-def choosing_rule(good=both_right):
+def choosing_rule(good=both_right, n_of=min, stops=True):
     """choose_replay() with another rule for which rows are good. It judges as the source does."""
     def choose_replay(model, encoder, rows, cfg):
-        rows = common.batch_of(rows, 0, min(cfg.replay_candidates, len(rows)), cfg.seed)
+        rows = common.batch_of(rows, 0, n_of(cfg.replay_candidates, len(rows)), cfg.seed)
         preds = [[] for _ in rows]
         for judgement in common.judge(model, encoder, rows, None):
             preds[judgement["at"]].append(judgement["pred"])
-        return [row for row, named in zip(rows, preds, strict=True) if good(named, row["label"])]
+        chosen = [row for row, named in zip(rows, preds, strict=True) if good(named, row["label"])]
+        if stops and not chosen:
+            raise SystemExit("no row is right in both orders; start from a better model")
+        return chosen
     return choose_replay
 
 
@@ -682,6 +685,10 @@ REPLAYED = {
     "rows that are judged wrong": choosing_rule(
         lambda preds, label: not both_right(preds, label)),
     "every row": choosing_rule(lambda preds, label: True),
+    "rows come twice if there are fewer than replay_candidates": choosing_rule(
+        n_of=lambda candidates, n: candidates),
+    "all rows judged in place of replay_candidates": choosing_rule(n_of=lambda candidates, n: n),
+    "an empty list in place of SystemExit": choosing_rule(stops=False),
 }
 
 

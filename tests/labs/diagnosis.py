@@ -6,11 +6,14 @@ answers in all cases is the mistake; several can be. Then come the oracles of th
     python tests/labs/diagnosis.py NUMBER FOLDER SEED LIMIT OUT      # lab.py starts it
 """
 
+import contextlib
 import copy
 import faulthandler
 import functools
 import importlib.util
+import io
 import json
+import linecache
 import math
 import sys
 import traceback
@@ -50,6 +53,13 @@ def answer_of(part, function, case):
         return part.answer(function, copy.deepcopy(case))
     except (Exception, SystemExit) as error:
         return Raised(described(error))
+
+
+def answer_of_ours(part, function, case):
+    """The same for a function that is not the student's: what it prints is of no interest, and the
+    student would take it for a line of their own."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return answer_of(part, function, case)
 
 
 def described(error):
@@ -181,7 +191,8 @@ def judge(part, function, number, seed):
 
 @functools.cache
 def answers_of_right(part, seed):
-    return {label: answer_of(part, part.right, case) for label, case in part.cases(seed).items()}
+    cases = part.cases(seed)
+    return {label: answer_of_ours(part, part.right, case) for label, case in cases.items()}
 
 
 @functools.cache
@@ -190,11 +201,11 @@ def answers_of_bank(part, seed):
     version answers to them."""
     cases, right, compared = part.cases(seed), answers_of_right(part, seed), []
     for label, case in cases.items():
-        if same(answer_of(part, part.frame, case), right[label], part.tolerance):
+        if same(answer_of_ours(part, part.frame, case), right[label], part.tolerance):
             compared.append(label)
     bank = {}
     for name, version in part.bank.items():
-        bank[name] = {label: answer_of(part, version, cases[label]) for label in compared}
+        bank[name] = {label: answer_of_ours(part, version, cases[label]) for label in compared}
     return compared, bank
 
 
@@ -212,12 +223,21 @@ def verdict_of_the_oracle(part, function, n):
     try:
         part.oracle(function)
     except (Exception, SystemExit) as error:
-        frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-        checks = [name for name in frames if name.startswith("check_")]
-        what = described(error) if str(error) else "its assertion fails"
-        return {"state": "wrong", "mistakes": []}, [
-            f"right in all {n} cases, but not for the tests' {(checks or ['oracle'])[-1]}: {what}"]
+        frames = traceback.extract_tb(error.__traceback__)
+        checks = [frame.name for frame in frames if frame.name.startswith("check_")]
+        lines = [f"right in all {n} cases, but not for the tests' {(checks or ['oracle'])[-1]}: "
+                 f"{described(error)}"]
+        if isinstance(error, AssertionError) and Path(frames[-1].filename).parent == TESTS:
+            lines.append(f"What fails there is: {source_of(frames[-1])}")
+        return {"state": "wrong", "mistakes": []}, lines
     return {"state": "right", "mistakes": []}, [f"right in {n} cases, and for the tests' oracle"]
+
+
+def source_of(frame):
+    """The statement in which an error came, in one line, and where it stands."""
+    lines = linecache.getlines(frame.filename)[frame.lineno - 1:frame.end_lineno]
+    statement = " ".join(line.strip() for line in lines)
+    return f"{statement} ({Path(frame.filename).name}:{frame.lineno})"
 
 
 def main():

@@ -343,26 +343,38 @@ def mixture(mixed_batch, case):
 
 
 def choice_cases(seed):
-    """Verdicts in both orders: one row of each kind, and many by chance."""
+    """Verdicts in both orders: one row of each kind, and many by chance; and how many candidates
+    are wanted of the 40 rows there are."""
     named = ["right", "wrong", None]
     cases = {f"the judge is {one} in AB, {other} in BA; right in both in the next row":
-             [(one, other), ("right", "right")] for one in named for other in named}
+             ([(one, other), ("right", "right")], 36) for one in named for other in named}
     rng = random.Random(seed)
-    cases["verdicts by chance"] = [(rng.choice(named), rng.choice(named)) for _ in range(30)]
-    cases["no row is good"] = [("wrong", "right")]
+    by_chance = [(rng.choice(named), rng.choice(named)) for _ in range(30)]
+    cases["verdicts by chance"] = by_chance, 36
+    cases["50 candidates wanted, 40 rows there"] = by_chance, 50
+    cases["no row is good"] = [("wrong", "right")], 36
     return cases
 
 
-def chosen(choose_replay, verdicts):
-    """-> ids of the chosen rows, in the order of their numbers"""
+def stopped(error):
+    """A SystemExit in words: not every error will do, nor one that does not say why."""
+    return f"SystemExit {'with a' if isinstance(error.code, str) else 'without a'} line"
+
+
+def chosen(choose_replay, case):
+    """-> ids of the chosen rows, in the order of their numbers; or, in words, how it stops"""
+    verdicts, candidates = case
     texts = [text_row(id=f"{i:02}", label="ABB"[i % 3]) for i in range(40)]
 
     def judge(model, encoder, rows, *args, **kwargs):
         return test_stages.verdicts_of(rows, verdicts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "judge", judge)
-        cfg = stage2.Config(replay_candidates=36)
-        return sorted(row["id"] for row in choose_replay(None, None, texts, cfg))
+        cfg = stage2.Config(replay_candidates=candidates)
+        try:
+            return sorted(row["id"] for row in choose_replay(None, None, texts, cfg))
+        except SystemExit as error:
+            return stopped(error)
 
 
 # ------------------------------------------------------------------------------- 8: distillation
@@ -431,7 +443,7 @@ def kept_by_length(balanced, rows):
     try:
         kept = balanced(rows, 0)
     except SystemExit as error:
-        return f"SystemExit {'with a' if isinstance(error.code, str) else 'without a'} line"
+        return stopped(error)
     others, again = balanced(rows, 1), balanced(rows, 0)
     extra = [bt_reward.extra_length(row) for row in kept]
     ids, other_ids, same_ids = ({row["id"] for row in some} for some in (kept, others, again))
