@@ -185,7 +185,8 @@ def test_a_lab_from_start_to_end(tmp_path):
     assert "passed" in said and "the last: 'hello'" in said
     for copied in lab.COPIES["stage1_text_grpo.py"]:
         assert "print('hello')" in lab.text_of((folder / copied).read_text(), "advantages")
-    assert "is not there; first: python tests/labs/lab.py start 4" in run("check", 4, code=1)
+    said = run("check", 4, "--dir", tmp_path / "none", code=1)
+    assert "is not there; first: python tests/labs/lab.py start 4" in said
 
 
 def test_the_toy_world_runs_in_the_folder_of_a_lab(folders):

@@ -111,7 +111,7 @@ def statistics_of(rewards, every, kind):
 
 
 def advantage_rule(base_of=statistics_of, correction=0, scaled=lambda scale: scale,
-                   filtered=lambda z, difference: z, sigma_of=lambda sigma: sigma):
+                   filtered=lambda z, difference: z, sigma_of=lambda sigma: sigma, added=0.0):
     """advantages() with another part."""
     def advantages(rewards, every, kind, scale_std, sigma):
         base = base_of(rewards, every, kind)
@@ -119,7 +119,7 @@ def advantage_rule(base_of=statistics_of, correction=0, scaled=lambda scale: sca
         std = base.std(1, keepdim=True, correction=correction)
         spread = base.amax(1, keepdim=True) > base.amin(1, keepdim=True)
         difference = torch.where(spread, rewards - mean, 0.0)
-        z = difference / torch.where(spread, std, 1.0)
+        z = difference / (torch.where(spread, std, 1.0) + added)
         sigma = sigma_of(sigma)
         keep = torch.ones_like(z, dtype=torch.bool)
         if sigma > 0:
@@ -137,6 +137,9 @@ def advantages_over_prompts(rewards, every, kind, scale_std, sigma):
 
 
 ADVANTAGES = {
+    "1e-4 added to the standard deviation": advantage_rule(added=1e-4),
+    "1e-6 added to the standard deviation": advantage_rule(added=1e-6),
+    "1e-8 added to the standard deviation": advantage_rule(added=1e-8),
     "unbiased standard deviation": advantage_rule(correction=1),
     "statistics of this process only": advantage_rule(
         lambda rewards, every, kind: statistics_of(rewards, rewards, kind)),

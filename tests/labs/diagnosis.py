@@ -95,7 +95,10 @@ def difference(mine, right, tolerance):
         gap = (mine.detach().double() - right.double()).abs().nan_to_num(math.inf)
         place = gap.argmax().item()
         index = [int(i) for i in torch.unravel_index(torch.tensor(place), mine.shape)]
-        values = [f"{x.flatten()[place].item():.6g}" for x in (mine, right)]
+        for digits in (6, 12, 17):  # as many as it takes to see that they are not the same
+            values = [f"{x.flatten()[place].item():.{digits}g}" for x in (mine, right)]
+            if values[0] != values[1]:
+                break
         return f"at {index} yours is {values[0]}, ours {values[1]}"
     return f"yours is {str(mine)[:60]}, ours {str(right)[:60]}"
 

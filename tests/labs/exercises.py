@@ -272,7 +272,7 @@ def scored_as(sample_group, seed):
                  for prompt, answer in test_grpo.pairs_of(prompts, rollout.ids)]
         if torch.allclose(torch.cat(logps).float(), given, atol=1e-3):
             return name
-    return "neither with nor without the temperature"
+    return "at no temperature: positions, masks or cache?"
 
 
 def ends(sample_group, seed):
