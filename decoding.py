@@ -76,7 +76,10 @@ def refuse_other_attention(model):
     """PyTorch's attention has no soft cap (Gemma 2) and no sinks (gpt-oss): it would leave them out
     in silence. transformers refuses "sdpa" for such models, but not a name that is new to it."""
     for part in model.modules():
-        if isinstance(part, PreTrainedModel) and not part._supports_sdpa:
+        if not isinstance(part, PreTrainedModel):
+            continue
+        capped = getattr(part.config, "attn_logit_softcapping", None)  # 5.17 lets it pass, too
+        if capped or not part._supports_sdpa:
             raise SystemExit(f"{part.config.model_type}: its attention cannot be computed by "
                              "scaled_dot_product_attention, so it is not supported. Take another "
                              "model, as InternVL3.5 or Qwen3.")

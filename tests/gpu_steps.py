@@ -67,6 +67,7 @@ TINY_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 
 WORDS = ("red", "green", "blue", "square", "circle", "left", "right", "above", "below", "large",
          "small", "bright", "dark", "near", "far")
 SEED = 0
+MARK = "made_by_gpu_steps"  # a file in --folder
 
 
 # ------------------------------------------------------------------------------- clock and memory
@@ -330,7 +331,7 @@ def tell_stage(name, args, cfg, log, calls):
     config = transformers.AutoConfig.from_pretrained(cfg.model)
     told = dry_run.memory(dry_run.measure("--model", config, cfg), work)
     last = log[-1]
-    ended = {name: of_name[-1] for name, of_name in calls.items()}  # the last call of each
+    ended = {function: of_it[-1] for function, of_it in calls.items()}  # their last calls
     parts, peaks = [f"step {last['step_time']:.2f} s"], {}
     if "roll_out" in ended:
         sampled, updated = ended["roll_out"], ended["grpo_update"]
@@ -404,8 +405,10 @@ def launched(kind):
     real = decoding.Decoder.__call__
     if kind == "one by one":
         decoding.Decoder.__call__ = decoding.Decoder.run
-    yield
-    decoding.Decoder.__call__ = real
+    try:
+        yield
+    finally:
+        decoding.Decoder.__call__ = real
 
 
 def decoding_times(model, encoder, prompts, size):
@@ -557,8 +560,12 @@ def end_tests(tests, args, seconds):
 def drive(args):
     """All parts, each in a process of its own."""
     began = time.time()
+    if args.folder.exists() and not (args.folder / MARK).exists():
+        raise SystemExit(f"{args.folder} is not from this program, which would delete it: name "
+                         "another --folder")
     shutil.rmtree(args.folder, ignore_errors=True)
     args.folder.mkdir(parents=True)
+    (args.folder / MARK).touch()
     args.results.unlink(missing_ok=True)
     tests = start_tests(args) if args.parts is None or "tests" in args.parts else None
     for name, most in PARTS.items():
