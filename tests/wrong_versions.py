@@ -759,7 +759,8 @@ def side_of(votes):
 
 
 def evaluation(earned=points, counted=lambda orders: orders, compared=lambda both, rows: both,
-               questions=lambda rows, preds: rows, shown=lambda pred: pred["order"] == "AB"):
+               questions=lambda rows, preds: rows, shown=lambda pred: pred["order"] == "AB",
+               share_of=lambda stated, preds: stated):
     """summarize() with another part."""
     def summarize(rows, preds):
         by_row = {}
@@ -783,7 +784,7 @@ def evaluation(earned=points, counted=lambda orders: orders, compared=lambda bot
         return {"accuracy": accuracy, "n": len(row_points),
                 "interval": wilson(accuracy, max(1, questions(len(row_points), len(preds)))),
                 "order_flips": flips / judged if judged else 0.0,
-                "share_a": says_a / len(stated) if stated else 0.0,
+                "share_a": says_a / len(share_of(stated, preds)) if stated else 0.0,
                 "unparsable": 1 - len(stated) / len(preds),
                 "format": sum(well_formed(pred["text"]) for pred in preds) / len(preds)}
     return summarize
@@ -813,6 +814,7 @@ EVALUATIONS = {
     "flips as a share of all rows": evaluation(compared=lambda both, rows: rows),
     "interval over judgements in place of rows": evaluation(questions=lambda rows, preds: preds),
     "share of A among candidates in place of places": evaluation(shown=lambda pred: True),
+    "share of A among all votes": evaluation(share_of=lambda stated, preds: preds),
 }
 
 
