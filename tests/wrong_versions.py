@@ -356,6 +356,14 @@ def predicted_by_the_answer_before(*args):
     return packed._replace(source=torch.arange(packed.target.shape[1]).expand_as(packed.source))
 
 
+def source_of_the_sequence(*args):
+    """Not in PACKINGS: packed_logps stops at such a source, and no oracle has anything to reject.
+    The labs tell it by its size."""
+    packed = pack(*args)
+    width = packed.ids.shape[1] - packed.target.shape[1]
+    return packed._replace(source=packed.source + width - 1)
+
+
 def images_rolled(*args):
     packed = pack(*args)
     return packed._replace(media={"pixel_values": packed.media["pixel_values"].roll(1, 0)})

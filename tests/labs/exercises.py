@@ -295,10 +295,15 @@ def packing_cases(seed):
 
 @torch.no_grad()
 def log_probs(pack, case):
-    """Log-probs of all answers' tokens through the packed forward."""
+    """Log-probs of all answers' tokens through the packed forward; or, in words, that a source is
+    larger than there are places."""
     kind, seed = case
     prompts = world().prompts[kind]
     answers = test_grpo.make_answers(world().encoder, len(prompts), seed)
+    _, _, _, source, target, owner, _ = pack(prompts, answers, world().encoder.pad_id, "cpu")
+    largest, room = source[owner > 0].max().item(), target.shape[1]
+    if largest > room:
+        return f"a source of {largest}, where {room} is the last place"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage1, "pack", pack)
         logp, _, owner = stage1.packed_logps(world().model, world().encoder, prompts, answers, HOT)
@@ -538,7 +543,9 @@ PARTS = {
     5: [Part("sample_group", STAGE_1, stage1.sample_group, wrong_versions.sample_group,
              wrong_versions.SAMPLERS, sampler_cases, sampler_answer,
              with_world(test_grpo.check_sampler))],
-    6: [Part("pack", STAGE_1, stage1.pack, wrong_versions.pack, wrong_versions.PACKINGS,
+    6: [Part("pack", STAGE_1, stage1.pack, wrong_versions.pack,
+             wrong_versions.PACKINGS | {"source counts places of the whole sequence":
+                                        wrong_versions.source_of_the_sequence},
              packing_cases, log_probs, packing_oracle, tolerance=1e-3)],
     7: [Part("mixed_batch", "stage2_caption_grpo.py", stage2.mixed_batch,
              wrong_versions.mixed_batch, wrong_versions.REPLAYS, mixing_cases, mixture,
