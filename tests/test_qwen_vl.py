@@ -462,7 +462,7 @@ def test_loss_of_stage_0(world):
 
 def test_scores_of_a_reward_model(world):
     # kills: hidden states of packed answers that go on at the number of tokens
-    model = copy.copy(world.model)
+    model = copy.deepcopy(world.model)  # its head is frozen
     bt_reward.add_head(model, {"head_layers": 1, "head_activation": "none", "length_norm": False})
     with torch.no_grad():
         got = bt_reward.score_group(model, world.encoder, world.prompts, world.answers)
