@@ -70,7 +70,7 @@ def test_the_curriculum_learns(world, tmp_path):
 
     captions, before, after = stage(
         "stage2_caption_grpo", rl, f"{world}/caption_rl.jsonl:300", every, "--batch_size", 18,
-        "--max_steps", 24, "--lr", "8e-5", "--eval_every", 0,
+        "--max_steps", 40, "--lr", "6e-5", "--eval_every", 0,
         "--replay", f"{world}/text_rl.jsonl:60")
     assert visual(after) >= visual(before) + 0.03
 
