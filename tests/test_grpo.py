@@ -179,6 +179,24 @@ def test_the_filter_takes_the_outlier_of_r1_reward():
     check_outlier(stage1.advantages)
 
 
+def test_with_two_rewards_the_filter_is_a_cliff_at_a_tenth():
+    # k of n answers are wrong, the rest right: z of a wrong one is -sqrt((n - k) / k), whatever the
+    # two rewards are. So all of them go below n / 10, and above it none does.
+    # kills: |z - mean of the rewards| <= 3, as R1-Reward's code has it; a filter on (r - mean)
+    for k, out in ((1, True), (19, True), (20, False), (48, False)):
+        rewards = torch.full((192, 1), 2.0, dtype=torch.float64)
+        rewards[:k] = 0.5
+        z, keep = stage1.advantages(rewards, rewards, "batch", True, 3.0)
+        assert z[0].item() == pytest.approx(-math.sqrt((192 - k) / k))
+        assert (keep[:k] != out).all() and keep[k:].all()
+    # A third reward takes the place of the cliff: of 20 wrong answers and 4 without form, these 4
+    rewards[:48] = 2.0
+    rewards[:24] = 0.5
+    rewards[:4] = 0.0
+    _, keep = stage1.advantages(rewards, rewards, "batch", True, 3.0)
+    assert (~keep).nonzero()[:, 0].tolist() == [0, 1, 2, 3]
+
+
 def test_in_a_group_of_8_the_filter_cannot_act():
     # |z| <= sqrt(G-1) = 2.65 < 3, reached by one answer against seven. kills: correction=1, a
     # filter on (r - mean) instead of z
