@@ -176,8 +176,8 @@ def main():
           "by seed | well-formed, % | tokens an answer | stopped |\n|" + "--:|" * 9)
     print("\n".join(outcomes))
     print("\n| rate | method | left out, % | r outside 1e-3 to 1e3, % of tokens | r > 1e3 and "
-          "A < 0, % | largest log r | with A < 0 | largest loss | largest gradient | skipped steps |\n|"
-          + "--:|" * 10)
+          "A < 0, % | largest log r | with A < 0 | largest loss | largest gradient | "
+          "skipped steps |\n|" + "--:|" * 10)
     print("\n".join(mechanisms))
 
 
