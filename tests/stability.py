@@ -4,6 +4,7 @@ parts, where the paper says that they matter: many updates a rollout, no limit t
 answers right. Slow, so not part of the tests; what is finished is not run again.
 
     python tests/stability.py           # after tests/curriculum.py --seeds 0 1 2, from its stage 1
+    python tests/stability.py --rates 3e-4 --passes 16 --steps 2       # 64 optimiser steps a rollout
 
 Settings, fixed before the first run: from the judge after stage 1, advantages over the batch,
 beta 0, --reward r1. Sampling at temperature 1.2 makes four rewards of two (2 right, 1.5 right by
@@ -37,8 +38,7 @@ METHODS = {"REINFORCE++": ["--pre_clip", 0, "--sigma", 0],
            "+ advantage filter": ["--pre_clip", 0, "--sigma", 3],
            "StableReinforce (both)": ["--pre_clip", 1e3, "--sigma", 3]}
 REGIME = ["--advantage", "batch", "--beta", 0, "--reward", "r1", "--temperature", 1.2,
-          "--updates_per_rollout", 4, "--mini_batch", 6, "--max_grad_norm", 1e9,
-          "--heldout", "", "--log_rollouts_every", 1]
+          "--mini_batch", 6, "--max_grad_norm", 1e9, "--heldout", "", "--log_rollouts_every", 1]
 ANSWER_TOKENS = 112  # the stages' own limit
 LIMIT = math.log(1e3)
 grpo_loss, optimizer_step = stage1.grpo_loss, common.optimizer_step
@@ -75,7 +75,7 @@ def heldout(folder, rows):
                            stage1.sample_group)
 
 
-def train(start, out, seed, rate, steps, rows, flags):
+def train(start, out, seed, rate, flags, args):
     """One run in this process, unless it is there. -> what was seen of it"""
     kept = out / "seen.json"
     if not kept.exists():
@@ -83,18 +83,23 @@ def train(start, out, seed, rate, steps, rows, flags):
         seen = Counter(losses=[], norms=[], ended="")
         watch(seen)
         sys.argv = ["stage1_text_grpo.py", *map(str, [
-            "--model", start, "--out", out, "--seed", seed, "--lr", rate, "--max_steps", steps,
+            "--model", start, "--out", out, "--seed", seed, "--lr", rate,
+            "--max_steps", args.steps, "--updates_per_rollout", args.passes,
             "--data", f"{ROOT}/toy/text_rl.jsonl:400", "--max_new_tokens", ANSWER_TOKENS,
             *REGIME, *flags])]
         print("$ python " + " ".join(sys.argv), flush=True)
         try:
             stage1.main()
-            seen["heldout"] = heldout(out, rows)
+            seen["heldout"] = heldout(out, args.rows)
         except SystemExit as stopped:  # three gradients in a row that are no number
             seen["ended"] = str(stopped)
         seen["minutes"] = (time.time() - began) / 60
         kept.write_text(json.dumps(seen))
-    return {**json.loads(kept.read_text()), "steps": lines(out / "metrics.jsonl")}
+    sampled = []  # log-probs of one prompt's answers in each rollout
+    for group in lines(out / "rollouts.jsonl"):
+        sampled += [min(answer) for answer in group["logp_sampled"]]
+    return {**json.loads(kept.read_text()), "steps": lines(out / "metrics.jsonl"),
+            "rarest": min(sampled)}
 
 
 def spread(values, form=".2f"):
@@ -120,12 +125,14 @@ def mechanism(runs):
     filtered = [step["filter_ratio"] for run in runs for step in run["steps"]]
     norms = [norm for run in runs for norm in run["norms"]]
     finite = [norm for norm in norms if math.isfinite(norm)]
+    negative = [run.get("log_ratio, A < 0", 0.0) for run in runs]  # all of them left out: none
     losses = [abs(loss) for run in runs for loss in run["losses"]]
     return [spread([100 * f for f in filtered], ".1f"),
             spread([100 * run["outside"] / run["tokens"] for run in runs], ".3f"),
             spread([100 * run["unbounded"] / run["tokens"] for run in runs], ".4f"),
             f"{max(run['log_ratio'] for run in runs):.1f}",
-            f"{max(run['log_ratio, A < 0'] for run in runs):.1f}",
+            f"{max(negative):.1f}",
+            f"{min(run['rarest'] for run in runs):.1f}",
             f"{max(losses):.3g}", f"{max(finite):.3g}", str(len(norms) - len(finite))]
 
 
@@ -153,6 +160,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--steps", type=int, default=4, help="rollouts")
+    parser.add_argument("--passes", type=int, default=4, help="over each rollout, of 4 steps each")
     parser.add_argument("--rows", type=int, default=400, help="held-out texts")
     parser.add_argument("--out", default="runs/stability")
     args = parser.parse_args()
@@ -163,9 +171,9 @@ def main():
         for seed in args.seeds:  # all methods of a seed together, should time run out
             for method, flags in METHODS.items():
                 start = ROOT / args.model.format(seed=seed)
-                name = [args.steps, args.rows, rate, seed, *flags]
+                name = [args.steps, args.passes, args.rows, rate, seed, *flags]
                 out = ROOT / Path(args.out, "_".join(map(str, name)))
-                runs[method].append(train(start, out, seed, rate, args.steps, args.rows, flags))
+                runs[method].append(train(start, out, seed, rate, flags, args))
         for method, of_seeds in runs.items():
             first = f"| {rate:g} | {method} | "
             outcomes.append(first + " | ".join(outcome(of_seeds)) + " |")
@@ -176,8 +184,8 @@ def main():
           "by seed | well-formed, % | tokens an answer | stopped |\n|" + "--:|" * 9)
     print("\n".join(outcomes))
     print("\n| rate | method | left out, % | r outside 1e-3 to 1e3, % of tokens | r > 1e3 and "
-          "A < 0, % | largest log r | with A < 0 | largest loss | largest gradient | "
-          "skipped steps |\n|" + "--:|" * 10)
+          "A < 0, % | largest log r | with A < 0 | log p of the rarest token sampled | "
+          "largest loss | largest gradient | skipped steps |\n|" + "--:|" * 11)
     print("\n".join(mechanisms))
 
 
