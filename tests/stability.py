@@ -4,7 +4,7 @@ parts, where the paper says that they matter: many updates a rollout, no limit t
 answers right. Slow, so not part of the tests; what is finished is not run again.
 
     python tests/stability.py           # after tests/curriculum.py --seeds 0 1 2, from its stage 1
-    python tests/stability.py --rates 3e-4 --passes 16 --steps 2       # 64 optimiser steps a rollout
+    python tests/stability.py --rates 3e-4 --passes 16 --steps 2   # 64 optimiser steps a rollout
 
 Settings, fixed before the first run: from the judge after stage 1, advantages over the batch,
 beta 0, --reward r1. Sampling at temperature 1.2 makes four rewards of two (2 right, 1.5 right by
