@@ -353,6 +353,20 @@ def test_pre_clip_is_finite_with_zero_gradient_outside():
     assert not math.isfinite(stage1.grpo_loss(*args, 0.0, 0.0)[0].item())
 
 
+def test_the_pre_clip_changes_two_of_four_corners():
+    # Log-ratios of 8 and -8, A of 1 and -1. Where PPO's clip holds, (8, 1) and (-8, -1), there is
+    # no gradient with or without the pre-clip. What it takes away is e^8 at (8, -1), which nothing
+    # else bounds, and e^-8 at (-8, 1), next to nothing.
+    # kills: clamped above only
+    logp = torch.tensor([[8.0, -8.0, 8.0, -8.0]], requires_grad=True)
+    advantage = torch.tensor([[1.0, -1.0, -1.0, 1.0]])
+    rest = torch.zeros(1, 4), None, advantage, torch.ones(1, 4), 0.2, 0.2
+    for pre_clip, want in ((0.0, [0.0, 0.0, math.exp(8), -math.exp(-8)]), (1e3, [0.0] * 4)):
+        loss, _ = stage1.grpo_loss(logp, *rest, pre_clip, 0.0)
+        gradient, = torch.autograd.grad(loss, logp)
+        assert torch.allclose(gradient, torch.tensor([want]), rtol=1e-5, atol=0)
+
+
 def test_an_outlier_of_the_reference_does_not_overflow_the_kl():
     # kills: the clamp of ref - logp taken away
     logp = torch.tensor([[-200.0, -1.0]], requires_grad=True)
