@@ -20,6 +20,7 @@ So the tokens with r > 1e3 and A < 0 are counted, over all optimiser steps and t
 import argparse
 import json
 import math
+import shutil
 import sys
 import time
 from collections import Counter
@@ -79,6 +80,7 @@ def train(start, out, seed, rate, flags, args):
     """One run in this process, unless it is there. -> what was seen of it"""
     kept = out / "seen.json"
     if not kept.exists():
+        shutil.rmtree(out, ignore_errors=True)  # half a run: what was seen of it is lost
         began = time.time()
         seen = Counter(losses=[], norms=[], ended="")
         watch(seen)
@@ -92,6 +94,8 @@ def train(start, out, seed, rate, flags, args):
             stage1.main()
             seen["heldout"] = heldout(out, args.rows)
         except SystemExit as stopped:  # three gradients in a row that are no number
+            if isinstance(stopped.code, int):  # no: SIGTERM
+                raise
             seen["ended"] = str(stopped)
         seen["minutes"] = (time.time() - began) / 60
         kept.write_text(json.dumps(seen))
