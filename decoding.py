@@ -28,8 +28,9 @@ import common  # which imports this file: its names are there when the functions
 import sharding
 
 ATTENTION = "grouped"  # attn_implementation of what common.load() loads
-# Tokens L from which packed_attention() is faster than one call on a GPU, where its many small
-# kernels must be launched (H100, 16 heads: 3.1 against 2.5 ms at L 3,900, 5.0 against 9.6 at 8,700)
+# Tokens of the answers to a prompt from which packed_attention() is faster than one call on a GPU,
+# where its many small kernels must be launched. H100, 16 heads, P 1500: 3.1 against 2.5 ms with
+# 2,400 tokens, 5.0 against 9.6 with 7,200
 TWO_CALLS_FROM = 5000
 
 
@@ -47,8 +48,7 @@ def layer_masks(model, sees, positions, key_positions=None, answers=None):
         raise SystemExit(f"{config.model_type}: layers of type {', '.join(sorted(kinds))} are not "
                          "supported, only full and sliding-window attention.")
     if window is None or kinds == {"full_attention"}:
-        long = sees.device.type == "cpu" or sees.shape[3] >= TWO_CALLS_FROM
-        if answers is not None and long:
+        if answers is not None:
             sees.answers = answer_places(answers, sees)
         return sees
     if positions.dim() == 3:
@@ -90,10 +90,12 @@ def answer_places(answers, sees):
     as a row of its own: which of all b*L tokens are its own [b*G, C], C the longest answer (past
     its end, its last token again), and what they see of [prompt | answer], [b*G, 1, C, P+C]; and
     the way back, for the S places behind each prompt which of those b*G*C tokens they are [b*S].
-    """
+    () where one call is faster."""
     group_size = max(len(group) for group in answers)
     longest = max(len(answer) for group in answers for answer in group)
     behind = max(sum(len(answer) for answer in group) for group in answers)            # S
+    if sees.device.type != "cpu" and behind < TWO_CALLS_FROM:
+        return ()
     length, t = sees.shape[3], torch.arange(longest)
     prompt = length - behind
     columns = torch.full((len(answers), group_size, longest), prompt)                  # in L

@@ -429,7 +429,7 @@ class Work:
 
     @property
     def packed(self):    # is attention that of decoding.packed_attention()
-        return self.kind != "sft" and self.length >= decoding.TWO_CALLS_FROM
+        return self.kind != "sft" and self.answers * self.answer >= decoding.TWO_CALLS_FROM
 
     @property
     def scored(self):    # 1 + S: the head works from the prompt's last token on
