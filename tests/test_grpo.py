@@ -559,8 +559,7 @@ def in_one_call(answers, sees):
 
 @pytest.mark.parametrize("name", wrong_versions.PACKINGS)
 def test_one_by_one_rejects_wrong_packing(world, monkeypatch, name):
-    # in one call, for in two no mask can show answers to each other
-    monkeypatch.setattr(decoding, "answer_places", in_one_call)
+    # kills: two calls of attention under a mask that shows answers to each other (is_more)
     monkeypatch.setattr(stage1, "pack", wrong_versions.PACKINGS[name])
     errors = packed_error(world, world.model, world.encoder, world.prompts["mixed"])
     assert errors[0] > 0.01 and errors[2] > 0.01
