@@ -163,7 +163,7 @@ def main():
     parser.add_argument("--model", default="runs/seed{seed}/0-1", help="a good judge for each seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
-    parser.add_argument("--steps", type=int, default=4, help="rollouts")
+    parser.add_argument("--steps", type=int, default=4, help="rollouts, 2 or more")
     parser.add_argument("--passes", type=int, default=4, help="over each rollout, of 4 steps each")
     parser.add_argument("--rows", type=int, default=400, help="held-out texts")
     parser.add_argument("--out", default="runs/stability")
