@@ -78,7 +78,7 @@ BASELINES = {
     "discriminative baseline (Eq. 1)": [
         "bt_reward.py", "--data", f"toy/text_rl.jsonl:1440,{MULTIMODAL}", "--t2i", "swap"],
     "generative baseline (Eq. 2)": [*EQ_2, "--data", f"toy/text_rl.jsonl:1440,{MULTIMODAL}"],
-    "generative baseline, no texts": [*EQ_2, "--data", MULTIMODAL, "--epochs", 10]}
+    "generative baseline without texts": [*EQ_2, "--data", MULTIMODAL, "--epochs", 10]}
 HABITS = ["format", "captioned", "unparsable", "share_a", "order_flips"]
 
 
@@ -203,7 +203,7 @@ def show_habits(table):
 
 def baseline(name, seed, folder, minutes):
     command = BASELINES[name]
-    out = folder / name.replace(" ", "_")
+    out = folder / name.partition(" (")[0].replace(" ", "_")
     if not (ROOT / out / "stage.json").exists():
         minutes[name] = run(*command, "--model", "toy/backbone", "--out", out, "--seed", seed,
                             "--heldout", "")
