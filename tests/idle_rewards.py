@@ -115,8 +115,8 @@ def answers(folder, reward):
 
 # ---------------------------------------------------------------------------------------- figures
 def share(values):
-    """Of booleans, in per cent; None of none"""
-    return 100 * sum(values) / len(values) if values else None
+    """Of booleans, in per cent; 0 of none"""
+    return 100 * sum(values) / max(1, len(values))
 
 
 def accuracies(rows, greedy, sampled):
@@ -145,17 +145,25 @@ def type_figures(rows, greedy, sampled):
 
 
 def consistency_figures(rows, greedy, sampled):
-    """Shares of the sampled answers; `greedy` again of the greedy ones"""
+    """Shares of the sampled answers, all in order AB; last of the greedy ones. Where the reasoning
+    concluded the wrong side, accuracy pays for contradicting it, and consistency does not."""
     follows, right_against = [], []
+    against = {"right": [], "wrong": []}  # by what the reasoning concluded
     for prediction in sampled:
         consistency = common.rule_consistency(prediction["text"])
         follows.append(consistency)
-        if prediction["pred"] == rows[prediction["at"]]["label"]:
+        right = prediction["pred"] == rows[prediction["at"]]["label"]
+        if right:
             right_against.append(consistency == -1)
+        if consistency:
+            reasoning = "right" if right == (consistency == 1) else "wrong"
+            against[reasoning].append(consistency == -1)
     greedy_follows = [common.rule_consistency(p["text"]) == 1 for p in greedy]
     return {"consistent": share([value == 1 for value in follows]),
             "contradicts": share([value == -1 for value in follows]),
-            "of the right ones": share(right_against),
+            "where the answer is right": share(right_against),
+            "where the reasoning is right": share(against["right"]),
+            "where the reasoning is wrong": share(against["wrong"]),
             "consistent, greedy": share(greedy_follows), **accuracies(rows, greedy, sampled)}
 
 

@@ -80,14 +80,17 @@ def test_types_are_counted_where_a_type_is_asked_for():
 
 def test_consistent_answers_are_counted():
     """kills: what cannot be told counts as consistent; contradictions among all answers called
-    those among the right ones."""
-    rows = [{"task": "text", "label": "A"}] * 4
+    those among the right ones; a right answer taken for a right reasoning."""
+    cases = ["AA", "AA", "AB", "A?", "BA", "BA", "BB", "BB", "BB", "BB"]
+    rows = [{"task": "text", "label": "A"}] * len(cases)
     answers = []
-    for at, (verdict, concluded) in enumerate(["AA", "AB", "BB", "A?"]):
+    for at, (verdict, concluded) in enumerate(cases):
         answers.append(prediction(at, thinks(verdict, f"Response {concluded} is better ."),
                                   verdict))
     figures = idle_rewards.consistency_figures(rows, answers, answers)
-    assert figures["consistent"] == figures["consistent, greedy"] == 50
-    assert figures["contradicts"] == 25
-    assert figures["of the right ones"] == pytest.approx(100 / 3)
-    assert figures["sampled"] == 75
+    assert figures["consistent"] == figures["consistent, greedy"] == 60
+    assert figures["contradicts"] == 30
+    assert figures["where the answer is right"] == 25                   # AB of AA, AA, AB, A?
+    assert figures["where the reasoning is right"] == 50  # BA and BA of AA, AA, BA, BA
+    assert figures["where the reasoning is wrong"] == 20             # AB of AB, BB, BB, BB, BB
+    assert figures["sampled"] == 40
