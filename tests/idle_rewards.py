@@ -147,7 +147,7 @@ def type_figures(rows, greedy, sampled):
 def consistency_figures(rows, greedy, sampled):
     """Shares of the sampled answers, all in order AB; last of the greedy ones. Where the reasoning
     concluded the wrong side, accuracy pays for contradicting it, and consistency does not."""
-    follows, right_against = [], []
+    follows, right_against, reasoned_right = [], [], []
     against = {"right": [], "wrong": []}  # by what the reasoning concluded
     for prediction in sampled:
         consistency = common.rule_consistency(prediction["text"])
@@ -156,14 +156,15 @@ def consistency_figures(rows, greedy, sampled):
         if right:
             right_against.append(consistency == -1)
         if consistency:
-            reasoning = "right" if right == (consistency == 1) else "wrong"
-            against[reasoning].append(consistency == -1)
+            reasoned_right.append(right == (consistency == 1))
+            against["right" if reasoned_right[-1] else "wrong"].append(consistency == -1)
     greedy_follows = [common.rule_consistency(p["text"]) == 1 for p in greedy]
     return {"consistent": share([value == 1 for value in follows]),
             "contradicts": share([value == -1 for value in follows]),
-            "where the answer is right": share(right_against),
+            "where the answer is right": share([v == -1 for v in follows]),
             "where the reasoning is right": share(against["right"]),
             "where the reasoning is wrong": share(against["wrong"]),
+            "reasoning right": share(reasoned_right),
             "consistent, greedy": share(greedy_follows), **accuracies(rows, greedy, sampled)}
 
 

@@ -90,7 +90,8 @@ def test_consistent_answers_are_counted():
     figures = idle_rewards.consistency_figures(rows, answers, answers)
     assert figures["consistent"] == figures["consistent, greedy"] == 60
     assert figures["contradicts"] == 30
-    assert figures["where the answer is right"] == 25                   # AB of AA, AA, AB, A?
+    assert figures["where the answer is right"] == 25  # AB of AA, AA, AB, A?
     assert figures["where the reasoning is right"] == 50  # BA and BA of AA, AA, BA, BA
-    assert figures["where the reasoning is wrong"] == 20             # AB of AB, BB, BB, BB, BB
+    assert figures["where the reasoning is wrong"] == 20  # AB of AB, BB, BB, BB, BB
     assert figures["sampled"] == 40
+    assert figures["reasoning right"] == pytest.approx(400 / 9)  # what cannot be told is left out
