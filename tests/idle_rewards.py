@@ -161,7 +161,7 @@ def consistency_figures(rows, greedy, sampled):
     greedy_follows = [common.rule_consistency(p["text"]) == 1 for p in greedy]
     return {"consistent": share([value == 1 for value in follows]),
             "contradicts": share([value == -1 for value in follows]),
-            "where the answer is right": share([v == -1 for v in follows]),
+            "where the answer is right": share(right_against),
             "where the reasoning is right": share(against["right"]),
             "where the reasoning is wrong": share(against["wrong"]),
             "reasoning right": share(reasoned_right),
