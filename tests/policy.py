@@ -96,7 +96,7 @@ def ask(model, encoder, questions, samples, seed):
 # -------------------------------------------------------------------------------------- the policy
 def teach(out, seed):
     """SFT of the backbone on one-sentence answers: the policy that all rewards start from."""
-    model, encoder = common.load("toy/backbone")
+    model, encoder = common.load(ROOT / "toy/backbone")
     common.freeze_vision(model)
     optimizer = common.make_optimizer(model, SFT_RATE)
     rng = random.Random(f"{seed}:sft")
