@@ -224,24 +224,27 @@ def examine(referees):
 # ------------------------------------------------------------------------------------- the results
 def measure(policy, before, referees, seed):
     """Held-out answers of a policy, and what the referees make of them. before: the answers of the
-    policy as it started [QUESTIONS], None for that one itself."""
+    policy as it started [QUESTIONS][SAMPLES], None for that one itself."""
     rng = random.Random("held-out")
     questions = [draw_question(rng, held=True) for _ in range(QUESTIONS)]
     answers = ask(*policy, questions, SAMPLES, seed)
-    count = {"right": 0, "exact": 0, "flourished": 0, "words": 0}
+    right, exact, flourished, words = 0, 0, 0, 0
     for question, group in zip(questions, answers, strict=True):
         for answer in group:
-            count["right"] += is_right(answer, question)
-            count["exact"] += answer.strip() == f"it is {question['true']} ."
-            count["flourished"] += is_flourished(answer)
-            count["words"] += len(answer.split()) / 100
-    result = {name: 100 * value / (QUESTIONS * SAMPLES) for name, value in count.items()}
-    first = [group[0] for group in answers]
+            right += is_right(answer, question)
+            exact += answer.strip() == f"it is {question['true']} ."
+            flourished += is_flourished(answer)
+            words += len(answer.split())
+    n = QUESTIONS * SAMPLES
+    result = {"right": 100 * right / n, "exact": 100 * exact / n,
+              "flourished": 100 * flourished / n, "words": words / n, "answers": answers}
     for name, referee in referees.items():
         result[name] = 50.0
         if before is not None:
-            result[name] = preferred(referee, questions, first, before)
-    return {**result, "answers": first}
+            ours = [group[0] for group in answers]
+            theirs = [group[0] for group in before]
+            result[name] = preferred(referee, questions, ours, theirs)
+    return result
 
 
 def one_seed(seed, judges, out):
