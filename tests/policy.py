@@ -80,7 +80,13 @@ def is_right(answer, question):
     return set(claims) == {question["true"]}
 
 
+def is_plain(answer):
+    """True if it is one claim, right or wrong, and nothing else."""
+    return re.fullmatch(rf"it is ((?:{VALUE}) ?)+\.", answer.strip()) is not None
+
+
 def is_flourished(answer):
+    """True if one of the four is in it; False for those that a policy makes up or garbles."""
     return any(mark in answer for mark in MARKS)
 
 
@@ -222,22 +228,18 @@ def examine(referees):
 
 
 # ------------------------------------------------------------------------------------- the results
-def measure(policy, before, referees, seed):
-    """Held-out answers of a policy, and what the referees make of them. before: the answers of the
-    policy as it started [QUESTIONS][SAMPLES], None for that one itself."""
+def heldout_questions():
     rng = random.Random("held-out")
-    questions = [draw_question(rng, held=True) for _ in range(QUESTIONS)]
+    return [draw_question(rng, held=True) for _ in range(QUESTIONS)]
+
+
+def measure(policy, before, referees, seed):
+    """-> {"answers": to the held-out questions [QUESTIONS][SAMPLES], referee: per cent of the first
+    ones that it prefers to those of `before`}. before: the answers of the policy as it started,
+    None for that one itself."""
+    questions = heldout_questions()
     answers = ask(*policy, questions, SAMPLES, seed)
-    right, exact, flourished, words = 0, 0, 0, 0
-    for question, group in zip(questions, answers, strict=True):
-        for answer in group:
-            right += is_right(answer, question)
-            exact += answer.strip() == f"it is {question['true']} ."
-            flourished += is_flourished(answer)
-            words += len(answer.split())
-    n = QUESTIONS * SAMPLES
-    result = {"right": 100 * right / n, "exact": 100 * exact / n,
-              "flourished": 100 * flourished / n, "words": words / n, "answers": answers}
+    result = {"answers": answers}
     for name, referee in referees.items():
         result[name] = 50.0
         if before is not None:
@@ -245,6 +247,22 @@ def measure(policy, before, referees, seed):
             theirs = [group[0] for group in before]
             result[name] = preferred(referee, questions, ours, theirs)
     return result
+
+
+def describe(answers):
+    """-> what share of the held-out answers is right, exact, plain and flourished, in per cent, and
+    their mean number of words"""
+    right, exact, plain, flourished, words = 0, 0, 0, 0, 0
+    for question, group in zip(heldout_questions(), answers, strict=True):
+        for answer in group:
+            right += is_right(answer, question)
+            exact += answer.strip() == f"it is {question['true']} ."
+            plain += is_plain(answer)
+            flourished += is_flourished(answer)
+            words += len(answer.split())
+    n = QUESTIONS * SAMPLES
+    return {"right": 100 * right / n, "exact": 100 * exact / n, "plain": 100 * plain / n,
+            "flourished": 100 * flourished / n, "words": words / n}
 
 
 def one_seed(seed, judges, out):
@@ -266,6 +284,8 @@ def one_seed(seed, judges, out):
             policy = train(start, scheme, referee, done.with_suffix(".metrics.jsonl"), seed)
             write(done, measure(policy, results["start"]["answers"], referees, seed))
         results[name] = read(done)
+    for result in results.values():
+        result.update(describe(result["answers"]))
     return results, read(folder / "referees.json")
 
 
@@ -300,7 +320,8 @@ def main():
     found = [one_seed(seed, args.judges, args.out) for seed in args.seeds]
     examined = [seed for _, seed in found]
     show(examined, list(examined[0]["clean model"]))
-    show([seed for seed, _ in found], ["right", "exact", "flourished", "words", *REFEREES])
+    show([seed for seed, _ in found], ["right", "exact", "plain", "flourished", "words",
+                                          *REFEREES])
 
 
 if __name__ == "__main__":
