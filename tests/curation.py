@@ -45,6 +45,7 @@ SETS = {"initial": (1500, ALL, 0.25), "open": (3000, ALL, 1.0),
 READER = ["--lr", 1e-3, "--epochs", 1]
 TRAINING = ["--lr", 5e-4, "--epochs", 2]
 BATCH = ["--batch_size", 32, "--micro_batch", 32, "--heldout", ""]
+JUDGE = "judge{seed}"  # their folder in HERE
 JUDGED = 300  # held-out rows, both orders, for the judges' own accuracy
 
 
@@ -148,8 +149,8 @@ def reward_model(out, seed, *data):
 
 
 def judge_of(seed):
-    return train("stage1_text_grpo.py", HERE / f"judge{seed}", "--model", f"runs/seed{seed}/0",
-                 "--max_steps", 15, "--seed", seed, "--heldout", "")
+    return train("stage1_text_grpo.py", HERE / JUDGE.format(seed=seed),
+                 "--model", f"runs/seed{seed}/0", "--max_steps", 15, "--seed", seed, "--heldout", "")
 
 
 def models_of(seed, judges):
