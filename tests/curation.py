@@ -150,7 +150,8 @@ def reward_model(out, seed, *data):
 
 def judge_of(seed):
     return train("stage1_text_grpo.py", HERE / JUDGE.format(seed=seed),
-                 "--model", f"runs/seed{seed}/0", "--max_steps", 15, "--seed", seed, "--heldout", "")
+                 "--model", f"runs/seed{seed}/0", "--max_steps", 15, "--seed", seed,
+                 "--heldout", "")
 
 
 def models_of(seed, judges):
