@@ -212,7 +212,7 @@ def score_group(model, encoder, prompts, answers):
     -> scores [N] in fp32, in the order of the answers."""
     device = next(model.parameters()).device
     ids, positions, sees, _, _, owner, media = pack(prompts, answers, encoder.pad_id, device)
-    masks = decoding.layer_masks(model, sees, positions)
+    masks = decoding.layer_masks(model, sees, positions, answers=answers)
     following = F.pad(owner[:, 1:], (0, 1), value=-1)  # the next token's answer       [b, S]
     last = (owner > 0) & (owner != following)
     scores = model(last=last, input_ids=ids, attention_mask=masks, position_ids=positions, **media)

@@ -5,6 +5,7 @@ transformers' generate(), with a cache of its own.)
 
     masks      a 4-D mask for each kind of layer                                 layer_masks
     attention  of grouped queries without copies of the keys                     grouped_attention
+               of a prompt's answers, not compared with each other               packed_attention
     cache      with room for the tokens to come                                  RoomyLayer
     speed      on a GPU, a token as one CUDA graph                               Decoder
 
@@ -29,11 +30,12 @@ import sharding
 ATTENTION = "grouped"  # attn_implementation of what common.load() loads
 
 
-def layer_masks(model, sees, positions, key_positions=None):
+def layer_masks(model, sees, positions, key_positions=None, answers=None):
     """What tokens may see [b, 1, Q, L] and their positions [b, Q], those of the keys [b, L] if they
     are not the same -> attention mask for the model. A 4-D mask is taken as it is, so that a layer
     with a sliding window (Gemma 3, Mistral) would lose its window: it gets a mask of its own, in
-    which what is `sliding_window` positions back is gone."""
+    which what is `sliding_window` positions back is gone. `answers` [b][G]: those that pack() put
+    behind the prompts; layers without a window need not compare them with each other."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
@@ -41,6 +43,8 @@ def layer_masks(model, sees, positions, key_positions=None):
         raise SystemExit(f"{config.model_type}: layers of type {', '.join(sorted(kinds))} are not "
                          "supported, only full and sliding-window attention.")
     if window is None or kinds == {"full_attention"}:
+        if answers is not None:
+            sees.answers = answer_places(answers, sees)
         return sees
     if positions.dim() == 3:
         raise SystemExit(f"{config.model_type}: sliding windows are not supported for Qwen-VL.")
@@ -52,23 +56,84 @@ def layer_masks(model, sees, positions, key_positions=None):
     return {"full_attention": sees, "sliding_attention": sees & near}
 
 
-def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """PyTorch's attention where r heads of the query share keys and values, as in most models. In
-    decoding, query [b, heads, Q, dim] becomes [b, heads/r, r*Q, dim]: r times as many tokens of
-    each head of keys. Else transformers repeats all keys and values r times, in every step."""
+def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """PyTorch's attention, as transformers calls it: query [b, heads, Q, dim], keys and values
+    [b, heads/r, L, dim], mask [b, 1, Q, L] -> [b, Q, heads, dim]. Two cases are ours."""
+    if getattr(attention_mask, "answers", None) is not None:
+        return packed_attention(module, query, key, value, attention_mask, scaling, **kwargs), None
+    decodes = query.shape[2] < key.shape[2] and attention_mask is not None
+    if decodes and query.shape[1] > key.shape[1]:
+        return grouped_attention(query, key, value, attention_mask, scaling).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
+                                  **kwargs)
+
+
+def grouped_attention(query, key, value, mask, scaling):
+    """r heads of the query share keys and values, as in most models: query [b, heads, Q, dim]
+    becomes [b, heads/r, r*Q, dim], r times as many tokens of each head of keys. Else transformers
+    repeats all keys and values r times, in every step. -> [b, Q, heads, dim]"""
     b, heads, length, dim = query.shape
-    decodes = length < key.shape[2] and attention_mask is not None
-    if not decodes or heads == key.shape[1]:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
-                                      **kwargs)
     r = heads // key.shape[1]
     out = F.scaled_dot_product_attention(
         query.reshape(b, heads // r, r * length, dim), key, value, scale=scaling,
-        attn_mask=attention_mask.repeat(1, 1, r, 1))
-    return out.reshape(b, heads, length, dim).transpose(1, 2).contiguous(), None
+        attn_mask=mask.repeat(1, 1, r, 1))
+    return out.reshape(b, heads, length, dim).transpose(1, 2)
 
 
-AttentionInterface.register(ATTENTION, grouped_attention)
+def answer_places(answers, sees):
+    """The answers [b][G] behind their prompts, and pack()'s mask [b, 1, L, L] -> for each answer,
+    as a row of its own: which of all b*L tokens are its own [b*G, C], C the longest answer (past
+    its end, its last token again), and what they see of [prompt | answer], [b*G, 1, C, P+C]; and
+    the way back, for the S places behind each prompt which of those b*G*C tokens they are [b*S].
+    """
+    group_size = max(len(group) for group in answers)
+    longest = max(len(answer) for group in answers for answer in group)
+    behind = max(sum(len(answer) for answer in group) for group in answers)            # S
+    length, t = sees.shape[3], torch.arange(longest)
+    prompt = length - behind
+    columns = torch.full((len(answers), group_size, longest), prompt)                  # in L
+    back = torch.zeros(len(answers), behind, dtype=torch.long)
+    for i, group in enumerate(answers):
+        at = prompt
+        for g, answer in enumerate(group):
+            n = len(answer)
+            columns[i, g] = at + t.clamp(max=n - 1)
+            back[i, at - prompt:at - prompt + n] = (i * group_size + g) * longest + t[:n]
+            at += n
+    first = length * torch.arange(len(answers))[:, None, None]      # tokens of the rows before
+    places, back = (first + columns).flatten(0, 1).to(sees.device), back.flatten().to(sees.device)
+    columns = columns.flatten(0, 1)[:, None].expand(-1, longest, -1).to(sees.device)
+    rows = sees.flatten(0, 2)[places]                                               # [b*G, C, L]
+    own = rows.gather(2, columns).tril()                                            # [b*G, C, C]
+    return places, torch.cat([rows[..., :prompt], own], 2)[:, None], back
+
+
+def packed_attention(module, query, key, value, mask, scaling, **kwargs):
+    """Attention over [prompt | answer 1 | ... | answer G] in two calls: the prompt to itself, then
+    each answer, as a row of its own, to the prompt and to itself. One call with pack()'s mask would
+    also compare every answer with every other, of which nothing is used: at G 8 most of the work.
+    -> [b, L, heads, dim]"""
+    places, sees, back = mask.answers
+    prompt = query.shape[2] - len(back) // len(query)
+
+    def rows(x):  # [b, heads, L, dim] -> those of the answers [b*G, heads, C, dim]
+        tokens = x.transpose(1, 2).flatten(0, 1)                               # [b*L, heads, dim]
+        # (gather would keep x for the backward pass)
+        return tokens.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+
+    def behind_prompt(x):  # -> [b*G, heads, P + C, dim]
+        return torch.cat([x[:, :, :prompt].repeat_interleave(len(places) // len(x), 0), rows(x)], 2)
+
+    first, _ = sdpa_attention_forward(
+        module, query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt],
+        mask[:, :, :prompt, :prompt], scaling=scaling, **kwargs)               # [b, P, heads, dim]
+    answers = grouped_attention(rows(query), behind_prompt(key), behind_prompt(value), sees,
+                                scaling)                                     # [b*G, C, heads, dim]
+    answers = answers.flatten(0, 1).index_select(0, back)                    # [b*S, heads, dim]
+    return torch.cat([first, answers.unflatten(0, (len(first), -1))], 1)
+
+
+AttentionInterface.register(ATTENTION, attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 

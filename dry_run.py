@@ -481,22 +481,35 @@ def adamw_temporaries(size, fused=True, shards=1):
     return 0 if fused else 4 * size.trained / shards
 
 
-def layer_activations(size, rows, length, mixed=True):
-    """What autograd keeps of one layer of Qwen3 for `rows` sequences of `length` tokens. `mixed`:
-    under autocast, else in fp32."""
+def layer_activations(size, work, mixed=True):
+    """What autograd keeps of one layer of Qwen3 for a micro-batch. `mixed`: under autocast, else in
+    fp32."""
     h, f, heads = size.text.hidden_size, size.intermediate, size.text.num_attention_heads
     q, k = heads * size.head_dim, size.kv_heads * size.head_dim
     token = 2 * 4 * h + 4 * q + 4 * k       # inputs of all norms, fp32
     if mixed:
         token += 5 * 2 * h                  # their output, in bf16 once for each of q k v gate up
-        token += 4 * 2 * q                  # attention: q; k and v, repeated for all heads; output
         token += 4 * 2 * f                  # gate, silu(gate), up, their product
         token += 2 * q if size.lora else 2 * 4 * h + 2 * q + 2 * k  # A's input; or for the
     else:                                                           # norms' weights
-        token += 2 * 4 * h + 4 * 4 * q + 4 * 4 * f
+        token += 2 * 4 * h + 4 * 4 * f
         token += 0 if size.lora else 2 * 4 * h + 4 * q + 4 * k
     token += 4 * (2 + 2 * heads + size.kv_heads)  # norms' scales, logsumexp
-    return rows * (length * token + (2 if mixed else 4) * length ** 2)  # the mask, as numbers
+    attention = (2 if mixed else 4) * attention_numbers(work, q, k, mixed)
+    return work.micro * (work.length * token + attention)
+
+
+def attention_numbers(work, q, k, mixed):
+    """How many numbers attention keeps of a sequence: q; k and v, repeated for all heads; output;
+    the mask. Packed answers (decoding.packed_attention) have keys of their own, in which those of
+    the prompt are there again, and the output once more, put together."""
+    prompt, answers = work.prompt, work.answers * work.answer
+    if work.kind == "sft":
+        return 4 * q * work.length + work.length ** 2
+    seen = prompt + work.answer
+    query = prompt if mixed else work.length  # autocast copies the part, fp32 keeps the whole
+    return (query * q + 3 * prompt * q + prompt ** 2 + 2 * answers * q
+            + 2 * work.answers * seen * k + answers * (q // k) * seen + work.length * q)
 
 
 def layer_temporaries(size, tokens, mixed=True):
@@ -523,7 +536,7 @@ def vision_activations(size, tiles, mixed=True):
 def kept_activations(size, work, mixed=True):
     """What is kept of the whole forward of a micro-batch, but for the logits."""
     rows, h = work.micro, size.text.hidden_size
-    layer = layer_activations(size, rows, work.length, mixed)
+    layer = layer_activations(size, work, mixed)
     casts = 2 * size.linear
     if work.checkpointing:              # a layer's input alone, fp32; of the copies the head's
         layer = 4 * h * rows * work.length
@@ -534,7 +547,10 @@ def kept_activations(size, work, mixed=True):
         if work.checkpointing:
             layer = 4 * size.vision.hidden_size * rows * work.tiles * TILE
         kept += size.vision.num_hidden_layers * layer
-    return kept + last_norm(size, work) + rows * work.length ** 2  # and the mask
+    masks = work.length ** 2            # truth values
+    if work.kind != "sft":
+        masks += work.answers * work.answer * (work.prompt + work.answer)
+    return kept + last_norm(size, work) + rows * masks
 
 
 def last_norm(size, work):
@@ -566,7 +582,7 @@ def update_bytes(size, work, mixed=True):
     layer = kept + layer_temporaries(size, work.micro * work.length, mixed)
     layer -= last_norm(size, work)      # its turn was before
     if work.checkpointing:
-        layer += layer_activations(size, work.micro, work.length, mixed)
+        layer += layer_activations(size, work, mixed)
         layer += 2 * size.layer if mixed else 0
     return max(forward_ends, kept + logits, head, layer) + pixel_bytes(work)
 

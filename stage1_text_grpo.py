@@ -592,7 +592,7 @@ def packed_logps(model, encoder, prompts, answers, temperature, with_entropy=Tru
     device = next(model.parameters()).device
     ids, positions, sees, source, target, owner, media = pack(prompts, answers, encoder.pad_id,
                                                               device)
-    masks = decoding.layer_masks(model, sees, positions)
+    masks = decoding.layer_masks(model, sees, positions, answers=answers)
     with common.autocast(device):
         logits = model(input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=False,
                        logits_to_keep=target.shape[1] + 1, **media).logits             # [b, 1+S, V]

@@ -94,7 +94,10 @@ def kept_by(layer, *args, mixed=True, **kwargs):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
             torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         layer(*args, **kwargs)
-    shared = {tensor.untyped_storage()._cdata for tensor in tree_leaves(kwargs)}
+    shared = set()
+    for tensor in tree_leaves(kwargs):
+        for given in (tensor, *getattr(tensor, "answers", ())):
+            shared.add(given.untyped_storage()._cdata)
     weights = {tuple(parameter.shape) for parameter in layer.parameters()}
     weights |= {shape[::-1] for shape in weights}
     total = 0
@@ -172,25 +175,31 @@ def test_an_adapter_trains_little():
 
 # ------------------------------------------------------------------------------ what autograd keeps
 @pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("kind, answers", [("sft", 1), ("grpo", 5)])
 @pytest.mark.parametrize("name", ["1B", "4B", "8B"])
-def test_activations_of_a_layer(name, mixed):
+def test_activations_of_a_layer(name, kind, answers, mixed):
     # to the byte. kills: keys and values not repeated, one copy of a norm's output for q, k and v,
-    # a mask shared by the layers, hidden size for that of q, 2 bytes for what is kept in fp32
+    # a mask shared by the layers, hidden size for that of q, 2 bytes for what is kept in fp32, keys
+    # of the prompt once for all its answers, gather() in packed_attention, which keeps its input
     from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
     from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
     size = dry_run.measure(name, dry_run.internvl_config(name))
-    b, L, tiles = 2, 777, 3
+    work, tiles = work_with(kind=kind, prompt=701, answer=33, answers=answers, micro=2), 3
+    b, L = work.micro, work.length
     config = dry_run.internvl_config(name)
-    config.text_config._attn_implementation = config.vision_config._attn_implementation = "sdpa"
+    config.text_config._attn_implementation = decoding.ATTENTION
+    config.vision_config._attn_implementation = "sdpa"
     with FakeTensorMode():
         hidden = torch.empty(b, L, config.text_config.hidden_size, requires_grad=True)
         angles = torch.empty(b, L, 128), torch.empty(b, L, 128)
+        mask = torch.empty(b, 1, L, L, dtype=torch.bool)
+        if kind == "grpo":
+            mask.answers = decoding.answer_places([[[1] * 33] * answers] * b, mask)
         kept = kept_by(Qwen3DecoderLayer(config.text_config, 0), hidden, mixed=mixed,
-                       attention_mask=torch.empty(b, 1, L, L, dtype=torch.bool),
-                       position_embeddings=angles)
+                       attention_mask=mask, position_embeddings=angles)
         seen = kept_by(InternVLVisionLayer(config.vision_config), mixed=mixed,
                        hidden_states=torch.empty(tiles, 1025, 1024, requires_grad=True))
-    assert dry_run.layer_activations(size, b, L, mixed) == kept
+    assert dry_run.layer_activations(size, work, mixed) == kept
     inputs = 4 * tiles * 1025 * 1024  # kept_by() leaves out what was given by name
     assert dry_run.vision_activations(size, tiles, mixed) == seen + inputs
 
@@ -208,7 +217,8 @@ def test_activations_with_an_adapter():
         kept = kept_by(layer, torch.zeros(1, 777, 1024, requires_grad=True), mixed=mixed,
                        attention_mask=torch.ones(1, 1, 777, 777, dtype=torch.bool),
                        position_embeddings=(torch.zeros(1, 777, 128), torch.zeros(1, 777, 128)))
-        told = dry_run.layer_activations(replace(size, lora=True), 1, 777, mixed)
+        work = work_with(kind="sft", prompt=777, answer=0, micro=1)
+        told = dry_run.layer_activations(replace(size, lora=True), work, mixed)
         assert told == pytest.approx(kept, rel=0.01)
 
 
@@ -237,8 +247,9 @@ def bt_part(model, work):
     prompts = [common.Prompt([1] * work.prompt, None)] * work.micro
     answers = [[[1] * work.answer] * work.answers] * work.micro
     ids, positions, sees, *_ = stage1.pack(prompts, answers, 0, "cpu")
+    masks = decoding.layer_masks(model, sees, positions, answers=answers)
     with common.autocast("cpu"):
-        hidden = model.model(input_ids=ids, attention_mask=sees, position_ids=positions,
+        hidden = model.model(input_ids=ids, attention_mask=masks, position_ids=positions,
                              use_cache=False).last_hidden_state
     return hidden[:, -1:].float().sum()
 

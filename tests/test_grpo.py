@@ -508,10 +508,13 @@ def packed_error(world, model, encoder, prompts, temperature=0.7):
     return errors
 
 
+@pytest.mark.parametrize("calls", [1, 2])
 @pytest.mark.parametrize("kind", ["text", "one image", "two images", "video", "mixed",
                                   "text model"])
-def test_packed_forward_equals_one_by_one(world, kind):
+def test_packed_forward_equals_one_by_one(world, monkeypatch, kind, calls):
     # The heart of the memory and time saving. Seen: log-probs 1e-5, gradients 2e-6.
+    if calls == 1:  # layers with a sliding window
+        monkeypatch.setattr(decoding, "answer_places", in_one_call)
     if kind == "text model":
         errors = packed_error(world, world.text_model, world.text_encoder, world.prompts["text"])
     else:
@@ -549,11 +552,48 @@ def test_rows_of_logits_in_parts_keep_no_log_probs_of_whole_rows(world, monkeypa
         assert held == (0 if rows == 3 else 3 * (1 + owner.shape[1]))
 
 
+def in_one_call(answers, sees):
+    """In place of decoding.answer_places: attention with the whole of pack()'s mask."""
+
+
 @pytest.mark.parametrize("name", wrong_versions.PACKINGS)
 def test_one_by_one_rejects_wrong_packing(world, monkeypatch, name):
+    # in one call, for in two no mask can show answers to each other
+    monkeypatch.setattr(decoding, "answer_places", in_one_call)
     monkeypatch.setattr(stage1, "pack", wrong_versions.PACKINGS[name])
     errors = packed_error(world, world.model, world.encoder, world.prompts["mixed"])
     assert errors[0] > 0.01 and errors[2] > 0.01
+
+
+def error_of_two_calls(answer_places):
+    """Of attention to packed answers and of its gradients, against one call with pack()'s mask, in
+    float64, 4 heads on 2 of keys. At padding they may differ: nothing reads it."""
+    prompts = [common.Prompt([1] * n, None) for n in (7, 4)]
+    answers = [[[1] * 3, [1], [1] * 5], [[1] * 2]]  # a reward model's groups may differ
+    _, _, sees, _, _, owner, _ = stage1.pack(prompts, answers, 0, "cpu")
+    real = torch.cat([sees[:, 0, 6, :7], owner > 0], 1)                                # [b, L]
+    module = SimpleNamespace(num_key_value_groups=2, training=False, is_causal=True)
+    g = torch.Generator().manual_seed(8)
+    inputs = [torch.randn(2, heads, 16, 6, generator=g, dtype=torch.float64).requires_grad_()
+              for heads in (4, 2, 2)]
+    weight = torch.randn(2, 16, 4, 6, generator=g, dtype=torch.float64)
+    results = []
+    for places in (None, answer_places(answers, sees)):
+        sees.answers = places
+        out, _ = decoding.attention(module, *inputs, sees, scaling=0.3)
+        out = out.masked_fill(~real[:, :, None, None], 0.0)                    # [b, L, heads, dim]
+        results.append((out, *torch.autograd.grad((out * weight).sum(), inputs)))
+    return max((a - b).abs().max().item() for a, b in zip(*results, strict=True))
+
+
+def test_attention_in_two_calls_is_that_in_one():
+    for places in (decoding.answer_places, wrong_versions.places_with()):
+        assert error_of_two_calls(places) < 1e-12
+
+
+@pytest.mark.parametrize("name", wrong_versions.ANSWER_PLACES)
+def test_one_call_rejects_two_that_are_wrong(name):
+    assert not error_of_two_calls(wrong_versions.ANSWER_PLACES[name]) < 1e-2  # or NaN
 
 
 def test_the_frame_of_the_wrong_packings_is_right(world, monkeypatch):

@@ -15,7 +15,7 @@ rejects is the one mistake, and that every version in the dict fails it.
     MINI_BATCHES  grpo_update    test_grpo.py        SFT_LOSSES    answer_nll  test_grpo.py
     REPLAYS       mixed_batch    test_stages.py      BALANCES      balanced    test_bt.py
     REPLAYED      choose_replay  test_stages.py      FLIPS         to_flip     test_dt2it.py
-    COMPARISONS   compare        test_eval.py
+    COMPARISONS   compare        test_eval.py        ANSWER_PLACES answer_places test_grpo.py
 """
 
 import math
@@ -378,6 +378,44 @@ PACKINGS = {
     "source off by one": source_off_by_one,
     "first token predicted by the answer before": predicted_by_the_answer_before,
     "images in another order": images_rolled,
+}
+
+
+# ---------------------------------------------------------------------- attention of packed answers
+def places_with(columns=lambda columns, t: columns, own=torch.tril, back=lambda back: back,
+                prompt_seen=lambda rows: rows, row=lambda i: i):
+    """decoding.answer_places, one of whose parts is wrong. Here one answer after the other."""
+    def answer_places(answers, sees):
+        length, group_size = sees.shape[3], max(len(group) for group in answers)
+        longest = max(len(answer) for group in answers for answer in group)
+        width = length - max(sum(map(len, group)) for group in answers)
+        places, seen = [], []
+        way_back = torch.zeros(len(answers), length - width, dtype=torch.long)
+        t = torch.arange(longest)
+        for i, group in enumerate(answers):
+            begin = width
+            for g in range(group_size):
+                n = len(group[g]) if g < len(group) else 0
+                at = columns(begin + torch.minimum(t, torch.tensor(max(n - 1, 0))), begin + t)
+                at = at.clamp(max=length - 1)
+                rows = sees[i, 0, at]
+                places.append(row(i) * length + at)
+                seen.append(torch.cat([prompt_seen(rows[:, :width]), own(rows[:, at])], 1))
+                way_back[i, begin - width:begin - width + n] = \
+                    (row(i) * group_size + g) * longest + t[:n]
+                begin += n
+        return torch.stack(places), torch.stack(seen)[:, None], back(way_back).flatten()
+    return answer_places
+
+
+ANSWER_PLACES = {
+    "answers begin one token late": places_with(columns=lambda columns, t: columns + 1),
+    "an answer sees its future": places_with(own=torch.ones_like),
+    "an answer does not see itself": places_with(own=torch.zeros_like),
+    "padding of the prompt is seen": places_with(prompt_seen=torch.ones_like),
+    "the prompt is not seen": places_with(prompt_seen=torch.zeros_like),
+    "back to the token before": places_with(back=lambda back: (back - 1).clamp(min=0)),
+    "the first prompt's answers for all prompts": places_with(row=lambda i: 0),
 }
 
 
