@@ -5,7 +5,8 @@ structure, and is a reward model better for it? Slow, so not part of the tests.
     python tests/curation.py --seeds 0 1 2   # after tests/curriculum.py of the same seeds
     python tests/curation.py --pilot         # how long to train, on rows of no seed
 
-Text only. Fixed before any result. Each seed draws its own rows and its own noise; no row stands in
+Text only. Fixed before any result, but for the second reader: after 30,000 rows it judged new rows
+of training at 87 %, and so did a model that clean labels had trained further; 48,000 more followed. Each seed draws its own rows and its own noise; no row stands in
 two sets of a seed, nor in what judges and reader were trained on:
 
     initial    1,500   D_0. Its annotators fall for a wrong flourished answer a quarter as often as
@@ -20,7 +21,7 @@ two sets of a seed, nor in what judges and reader were trained on:
 Judges are the other two seeds' stage 0 after 15 steps of text RL (60 make a judge of 99 %), asked
 in both orders. All reward models start from one "reader", the toy backbone after READER: Bradley-
 Terry on plain rows (neither answer flourished, or both), which cannot tell whom to follow when only
-one is. From the backbone itself a head needs 16,000 rows to find the comparison, if it does
+one is: twice, each time with a new head. From the backbone itself a head needs 16,000 rows to find the comparison, if it does
 (commit fe60d73); the paper's backbone can compare from the start. DEVIATION: D_0 is drawn, not made
 by --construct.
 
@@ -42,6 +43,7 @@ ALL = list(toy_world.FLOURISHES)
 # rows; the flourishes their annotators fall for; how often, compared with the toy world's
 SETS = {"initial": (1500, ALL, 0.25), "open": (3000, ALL, 1.0),
         "voter1": (1500, ["detail", "expert"], 1.0), "voter2": (1500, ["kind", "sure"], 1.0)}
+READERS = {"reader1": 30000, "reader": 48000}  # rows, of one epoch each
 READER = ["--lr", 1e-3, "--epochs", 1]
 TRAINING = ["--lr", 5e-4, "--epochs", 2]
 BATCH = ["--batch_size", 32, "--micro_batch", 32, "--heldout", ""]
@@ -83,13 +85,14 @@ def annotate(rows, name, fooled_by, share):
 
 
 def write_rows(seeds):
-    """All rows of these seeds, the reader's and the held-out ones."""
+    """All rows of these seeds, the readers' and the held-out ones."""
     (ROOT / HERE).mkdir(parents=True, exist_ok=True)
     trained = set()  # what the judges have seen, then what the reader sees, too
     for name in ("sft", "text_rl"):
         trained.update(content(row) for row in lines(ROOT / f"toy/{name}.jsonl"))
-    reader = draw("reader", 30000, trained, kinds=["plain"])
-    common.write_lines(ROOT / HERE / "reader.jsonl", reader)
+    for name, n in READERS.items():
+        rows = draw(name, n, trained, kinds=["plain"])
+        common.write_lines(ROOT / HERE / f"{name}.jsonl", rows)
     common.write_lines(ROOT / HERE / "heldout.jsonl", draw("heldout", 1000, set(), held=True))
     for seed in seeds:
         folder, seen = ROOT / HERE / f"seed{seed}", set(trained)
@@ -219,12 +222,15 @@ def main():
     parser.add_argument("--pilot", action="store_true", help="train on clean rows of no seed")
     args = parser.parse_args()
     write_rows(["pilot"] if args.pilot else args.seeds)
-    train("bt_reward.py", HERE / "reader", "--data", HERE / "reader.jsonl", *READER, *BATCH)
+    start = "toy/backbone"
+    for name in READERS:
+        start = train("bt_reward.py", HERE / name, "--model", start, "--data",
+                      HERE / f"{name}.jsonl", *READER, *BATCH)
     if args.pilot:
         folder = HERE / "seedpilot"
         model = reward_model(folder / "clean", 0, folder / "initial-clean.jsonl",
                              folder / "open-clean.jsonl")
-        for name in (HERE / "reader", model):
+        for name in (start, model):
             print(f"{name}, validation: {accuracy(name, folder / 'validation.jsonl')}")
         return
     judges = {seed: judge_of(seed) for seed in args.judges}
