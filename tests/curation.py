@@ -5,9 +5,10 @@ structure, and is a reward model better for it? Slow, so not part of the tests.
     python tests/curation.py --seeds 0 1 2   # after tests/curriculum.py of the same seeds
     python tests/curation.py --pilot         # how long to train, on rows of no seed
 
-Text only. Fixed before any result, but for the second reader: after 30,000 rows it judged new rows
-of training at 87 %, and so did a model that clean labels had trained further; 48,000 more followed. Each seed draws its own rows and its own noise; no row stands in
-two sets of a seed, nor in what judges and reader were trained on:
+Text only. Fixed before any result, but for READERS: after the first, new rows of training were
+judged right in 87 %, and no more after clean labels had trained it further, so there is a second.
+Each seed draws its own rows and its own noise; no row stands in two sets of a seed, nor in what
+judges and readers were trained on:
 
     initial    1,500   D_0. Its annotators fall for a wrong flourished answer a quarter as often as
                        the toy world's do, which is 45 to 98 % of the time
@@ -19,11 +20,10 @@ two sets of a seed, nor in what judges and reader were trained on:
     held-out   1,000   held-out facts, true labels, the same rows for every seed
 
 Judges are the other two seeds' stage 0 after 15 steps of text RL (60 make a judge of 99 %), asked
-in both orders. All reward models start from one "reader", the toy backbone after READER: Bradley-
+in both orders. All reward models start from one "reader", the toy backbone after READERS: Bradley-
 Terry on plain rows (neither answer flourished, or both), which cannot tell whom to follow when only
-one is: twice, each time with a new head. From the backbone itself a head needs 16,000 rows to find the comparison, if it does
-(commit fe60d73); the paper's backbone can compare from the start. DEVIATION: D_0 is drawn, not made
-by --construct.
+one is. From the backbone itself a head needs 16,000 rows to find the comparison; the paper's
+backbone can compare from the start. DEVIATION: D_0 is drawn, not made by --construct.
 
 Trained on: D_0 (iteration 0); D_0 and the open rows as they are (the paper's baseline); the loop's
 iterations 1 and 2; all these rows with true labels ("clean").
@@ -43,7 +43,7 @@ ALL = list(toy_world.FLOURISHES)
 # rows; the flourishes their annotators fall for; how often, compared with the toy world's
 SETS = {"initial": (1500, ALL, 0.25), "open": (3000, ALL, 1.0),
         "voter1": (1500, ["detail", "expert"], 1.0), "voter2": (1500, ["kind", "sure"], 1.0)}
-READERS = {"reader1": 30000, "reader": 48000}  # rows, of one epoch each
+READERS = {"reader": 30000, "reader2": 48000}  # rows, of one epoch each
 READER = ["--lr", 1e-3, "--epochs", 1]
 TRAINING = ["--lr", 5e-4, "--epochs", 2]
 BATCH = ["--batch_size", 32, "--micro_batch", 32, "--heldout", ""]
@@ -147,8 +147,8 @@ def train(script, out, *flags):
 
 
 def reward_model(out, seed, *data):
-    return train("bt_reward.py", out, "--model", HERE / "reader", "--seed", seed, *TRAINING, *BATCH,
-                 "--data", ",".join(map(str, data)))
+    return train("bt_reward.py", out, "--model", HERE / "reader2", "--seed", seed,
+                 *TRAINING, *BATCH, "--data", ",".join(map(str, data)))
 
 
 def judge_of(seed):
@@ -166,7 +166,7 @@ def models_of(seed, judges):
     loop = folder / "loop"
     if not (ROOT / loop / "2-model/stage.json").exists():
         run("dt2it.py", "--iterations", 2, "--data", initial, "--curate", opened, "--out", loop,
-            "--model", HERE / "reader", "--models", *voters, "--judges", *judges, "--seed", seed,
+            "--model", HERE / "reader2", "--models", *voters, "--judges", *judges, "--seed", seed,
             *TRAINING, *BATCH)
     return {"voter 1": voters[0], "voter 2": voters[1], "D_0": loop / "0-model",
             "D_0 + uncurated": reward_model(folder / "uncurated", seed, initial, opened),
