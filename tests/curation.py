@@ -10,12 +10,12 @@ judged right in 87 %, and no more after clean labels had trained it further, so 
 Each seed draws its own rows and its own noise; no row stands in two sets of a seed, nor in what
 judges and readers were trained on:
 
-    initial    1,500   D_0. Its annotators fall for a wrong flourished answer a quarter as often as
+    initial    1,000   D_0. Its annotators fall for a wrong flourished answer a quarter as often as
                        the toy world's do, which is 45 to 98 % of the time
-    open       3,000   D^open, half of it for each iteration. The toy world's own annotators: 8 of
+    open       2,000   D^open, half of it for each iteration. The toy world's own annotators: 8 of
                        10 labels of "conflict" rows (only the wrong answer is flourished) are wrong,
                        all others are right
-    voters  2 x 1,500  for each of two further reward models. One's annotators fall for "detail" and
+    voters  2 x 1,000  for each of two further reward models. One's annotators fall for "detail" and
                        "expert" only, the other's for "kind" and "sure" only
     held-out   1,000   held-out facts, true labels, the same rows for every seed
 
@@ -41,8 +41,8 @@ HERE = Path("runs/curation")
 KINDS = ["overall", "plain", "helpful", "conflict"]
 ALL = list(toy_world.FLOURISHES)
 # rows; the flourishes their annotators fall for; how often, compared with the toy world's
-SETS = {"initial": (1500, ALL, 0.25), "open": (3000, ALL, 1.0),
-        "voter1": (1500, ["detail", "expert"], 1.0), "voter2": (1500, ["kind", "sure"], 1.0)}
+SETS = {"initial": (1000, ALL, 0.25), "open": (2000, ALL, 1.0),
+        "voter1": (1000, ["detail", "expert"], 1.0), "voter2": (1000, ["kind", "sure"], 1.0)}
 READERS = {"reader": 30000, "reader2": 48000}  # rows, of one epoch each
 READER = ["--lr", 1e-3, "--epochs", 1]
 TRAINING = ["--lr", 5e-4, "--epochs", 2]
