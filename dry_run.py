@@ -428,6 +428,10 @@ class Work:
         return self.prompt + self.answers * self.answer
 
     @property
+    def packed(self):    # is attention that of decoding.packed_attention()
+        return self.kind != "sft" and self.answers * self.answer >= decoding.TWO_CALLS_FROM
+
+    @property
     def scored(self):    # 1 + S: the head works from the prompt's last token on
         return 1 + self.answers * self.answer
 
@@ -504,7 +508,7 @@ def attention_numbers(work, q, k, mixed):
     the mask. Packed answers (decoding.packed_attention) have keys of their own, in which those of
     the prompt are there again, and the output once more, put together."""
     prompt, answers = work.prompt, work.answers * work.answer
-    if work.kind == "sft":
+    if not work.packed:
         return 4 * q * work.length + work.length ** 2
     seen = prompt + work.answer
     query = prompt if mixed else work.length  # autocast copies the part, fp32 keeps the whole
@@ -548,7 +552,7 @@ def kept_activations(size, work, mixed=True):
             layer = 4 * size.vision.hidden_size * rows * work.tiles * TILE
         kept += size.vision.num_hidden_layers * layer
     masks = work.length ** 2            # truth values
-    if work.kind != "sft":
+    if work.packed:
         masks += work.answers * work.answer * (work.prompt + work.answer)
     return kept + last_norm(size, work) + rows * masks
 

@@ -11,6 +11,9 @@ or 3500 (images), C 300, G 8, fp32 weights and bf16 by autocast. About six minut
               measured bandwidth; kernels per token
     packed    packed_logps(), forward and backward, beside the floor: operations over the measured
               rate of a large product
+    attention of packed answers, a layer's, forward and backward, in three ways: in one call with a
+              mask, in two (decoding.py), by FlexAttention
+    graphs    the tests of CUDA graphs of tokens, here with real ones
     ours, naive, trl   bench_grpo.py's comparison, a process each
     tests     those that prove packed = one by one and greedy = generate, on the CPU, meanwhile
 
@@ -33,10 +36,14 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 import transformers
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -379,18 +386,29 @@ def decode(args):
     weights = 2 * (decoder - model.get_input_embeddings().weight.numel()
                    + model.get_output_embeddings().weight.numel())
     per_token = 4 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    record, recording = decoding.record, []
+
+    def timed_record(function):
+        began = clock()
+        replay = record(function)
+        recording.append(clock() - began)
+        return replay
+    decoding.record = timed_record
     for kind in ("one by one", "as a graph"):
         with launched(kind):
             for n in size["rows"]:
                 prompts = random_prompts(n // size["G"], size)
                 reset_peak()
+                recording.clear()
                 prefill, ms = decoding_times(model, encoder, prompts, size)
                 cache = (n / size["G"] * size["text"] + n * size["tokens"] / 2) * per_token
                 floor = 1e3 * (weights + cache) / speed
                 tell(args, f"decode, {kind}, N {n}",
                      f"{ms:.2f} ms a token, floor {floor:.2f} ({gb(weights)} of weights, "
                      f"{gb(cache)} of cache), {ms / floor:.1f} times it; prefill {prefill:.3f} s; "
-                     f"peak {gb(peak())}", kind=kind, n=n, ms=ms, floor=floor, prefill=prefill)
+                     f"peak {gb(peak())}; {len(recording)} recordings of {sum(recording):.2f} s in "
+                     f"3 runs of {size['tokens']} tokens", kind=kind, n=n, ms=ms, floor=floor,
+                     prefill=prefill, recording=list(recording))
     try:
         if cuda():
             with launched("one by one"):
@@ -500,6 +518,62 @@ def pairs_seen(p, c, g):
     return p * (p + 1) / 2 + g * c * (p + (c + 1) / 2)
 
 
+# --------------------------------------------------------------------------------------- attention
+def attention(args):
+    """ms and memory of a layer's attention to one prompt's packed answers, of 1B's heads in bf16,
+    with its gradient. What a mask or its blocks cost once a forward is not counted."""
+    size = SIZES[args.size]
+    for c in (size["C"], 3 * size["C"]):
+        inputs, ways = ways_to_attend(size["text"], c, size["G"])
+
+        def both(attend, inputs=inputs):
+            torch.autograd.grad(attend(*inputs).float().square().sum(), inputs)
+        first = ways["in one call"](*inputs).float().detach()
+        for way, attend in ways.items():
+            gap = (attend(*inputs).float() - first).abs().max().item()
+            ms = 1e3 * seconds_of(partial(both, attend), 5)
+            before = torch.cuda.memory_allocated() if cuda() else 0
+            reset_peak()
+            both(attend)
+            tell(args, f"attention {way}, P {size['text']}, C {c}, G {size['G']}",
+                 f"{ms:.2f} ms, {gb(peak() - before)}, {gap:.1e} from the first", way=way, c=c,
+                 ms=ms, memory=peak() - before, gap=gap)
+
+
+def ways_to_attend(p, c, group_size, heads=16, groups=8, dim=128):
+    """-> query, keys, values; {way: function of them}"""
+    answers, device = [[[1] * c] * group_size], device_name()
+    packed = stage1.pack([common.Prompt([1] * p, None)], answers, 0, device)
+    sees, owner = packed[2], F.pad(packed[5], (p, 0))[0]                          # [L]
+    whole, length = sees.clone(), len(owner)
+    sees.answers = decoding.answer_places(answers, sees)
+    module = SimpleNamespace(num_key_value_groups=heads // groups, training=True, is_causal=True)
+    inputs = [torch.randn(1, n, length, dim, device=device, dtype=torch.bfloat16,
+                          requires_grad=True) for n in (heads, groups, groups)]
+    ways = {"in one call": lambda *qkv: decoding.attention(module, *qkv, whole)[0],
+            "in two calls": lambda *qkv: decoding.attention(module, *qkv, sees)[0]}
+    if not cuda():  # it has no gradient on a CPU
+        return inputs, ways
+
+    def seen(b, h, q, k):
+        return (q >= k) & ((owner[k] == 0) | (owner[k] == owner[q]))
+    blocks = create_block_mask(seen, None, None, length, length, device)
+    flex = torch.compile(flex_attention)
+    ways["FlexAttention"] = lambda *qkv: flex(*qkv, block_mask=blocks,
+                                              enable_gqa=True).transpose(1, 2)
+    return inputs, ways
+
+
+def graphs(args):
+    """tests/ whose fixture `recorded` is real on a GPU: windows, Qwen-VL's positions, one head."""
+    files = [str(TESTS / f"test_{name}.py") for name in ("models", "qwen_vl", "grpo")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "recorded"]
+    done = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    tell(args, "graphs", "\n".join(lines[-1 if done.returncode == 0 else -60:]),
+         status=done.returncode)
+
+
 # -------------------------------------------------------------------------------------- comparison
 def bench_case(args):
     case = bench_grpo.SIZE_1B
@@ -519,8 +593,9 @@ def bench(who, args):
 
 # --------------------------------------------------------------------------------------- all parts
 # In the order of what must be known most, with the seconds after which one is given up
-PARTS = {"make": 150, "stage1": 120, "stage3": 120, "decode": 120, "packed": 90, "ours": 90,
-         "naive": 120, "trl": 120, "stage0": 60, "bt": 60, "stage2b": 90, "stage2": 120}
+PARTS = {"make": 150, "stage1": 120, "stage3": 120, "decode": 120, "packed": 90, "graphs": 90,
+         "attention": 90, "ours": 90, "naive": 120, "trl": 120, "stage0": 60, "bt": 60,
+         "stage2b": 90, "stage2": 120}
 TEST_FILES = ("test_grpo.py", "test_internvl.py")
 
 
@@ -531,7 +606,8 @@ def run_part(args):
     elif args.part in ("ours", "naive", "trl"):
         bench(args.part, args)
     else:
-        {"make": make, "decode": decode, "packed": packed}[args.part](args)
+        {"make": make, "decode": decode, "packed": packed, "attention": attention,
+         "graphs": graphs}[args.part](args)
 
 
 def start_tests(args):

@@ -3,11 +3,13 @@ What several test files use: files of rows, running a script here or in a proces
 worlds and small models. The fixtures that several files share are in conftest.py.
 """
 
+import copy
 import json
 import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 
@@ -177,13 +179,16 @@ def check_stops(function, *args):
 
 
 def check_recorded(model, encoder, prompts, group_size, temperature):
-    """Under the fixture `recorded`: 40 tokens of each answer are those that are simply run."""
+    """Under the fixture `recorded`: 40 tokens of each answer are those that are simply run. Where
+    there is a GPU, on it, as real CUDA graphs, in fp32."""
     import stage1_text_grpo as stage1  # here, because few files need it
-    arguments = model, encoder, prompts, group_size, temperature, 40
-    got = stage1.sample_group(*arguments, torch.Generator().manual_seed(3))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = copy.deepcopy(model).to(device), encoder, prompts, group_size, temperature, 40
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "autocast", lambda device: nullcontext())
+        got = stage1.sample_group(*arguments, torch.Generator(device).manual_seed(3))
         patch.setattr(decoding.Decoder, "__call__", decoding.Decoder.run)
-        want = stage1.sample_group(*arguments, torch.Generator().manual_seed(3))
+        want = stage1.sample_group(*arguments, torch.Generator(device).manual_seed(3))
     assert got.ids == want.ids
     for group in zip(got.logp, want.logp, strict=True):
         for mine, theirs in zip(*group, strict=True):

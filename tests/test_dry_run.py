@@ -7,6 +7,7 @@ Under FakeTensorMode a tensor has a shape and no content, so that a step of an 8
 "kills:" names wrong versions of the source under which a test was seen to fail.
 """
 
+import math
 import re
 import time
 import weakref
@@ -73,6 +74,17 @@ def in_bf16(monkeypatch):
         monkeypatch.setattr(common, "autocast", lambda device: torch.autocast(
             "cpu", torch.bfloat16, enabled=mixed, cache_enabled=False))
     return turn
+
+
+@pytest.fixture
+def attends_in(monkeypatch):
+    """-> a function that has packed answers attend in 1 or 2 calls: in the dry run, which knows
+    that a GPU has few tokens in one, and in what is run here, on a CPU."""
+    def choose(calls):
+        monkeypatch.setattr(decoding, "TWO_CALLS_FROM", 0 if calls == 2 else math.inf)
+        if calls == 1:
+            monkeypatch.setattr(decoding, "answer_places", lambda answers, sees: ())
+    return choose
 
 
 def qwen3(name, **change):
@@ -175,16 +187,17 @@ def test_an_adapter_trains_little():
 
 # ------------------------------------------------------------------------------ what autograd keeps
 @pytest.mark.parametrize("mixed", [True, False])
-@pytest.mark.parametrize("kind, answers", [("sft", 1), ("grpo", 5)])
+@pytest.mark.parametrize("calls", [1, 2])
 @pytest.mark.parametrize("name", ["1B", "4B", "8B"])
-def test_activations_of_a_layer(name, kind, answers, mixed):
+def test_activations_of_a_layer(name, calls, mixed, attends_in):
     # to the byte. kills: keys and values not repeated, one copy of a norm's output for q, k and v,
     # a mask shared by the layers, hidden size for that of q, 2 bytes for what is kept in fp32, keys
     # of the prompt once for all its answers, gather() in packed_attention, which keeps its input
     from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
     from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+    attends_in(calls)
     size = dry_run.measure(name, dry_run.internvl_config(name))
-    work, tiles = work_with(kind=kind, prompt=701, answer=33, answers=answers, micro=2), 3
+    work, tiles = work_with(kind="grpo", prompt=701, answer=33, answers=5, micro=2), 3
     b, L = work.micro, work.length
     config = dry_run.internvl_config(name)
     config.text_config._attn_implementation = decoding.ATTENTION
@@ -193,8 +206,7 @@ def test_activations_of_a_layer(name, kind, answers, mixed):
         hidden = torch.empty(b, L, config.text_config.hidden_size, requires_grad=True)
         angles = torch.empty(b, L, 128), torch.empty(b, L, 128)
         mask = torch.empty(b, 1, L, L, dtype=torch.bool)
-        if kind == "grpo":
-            mask.answers = decoding.answer_places([[[1] * 33] * answers] * b, mask)
+        mask.answers = decoding.answer_places([[[1] * 33] * 5] * b, mask)
         kept = kept_by(Qwen3DecoderLayer(config.text_config, 0), hidden, mixed=mixed,
                        attention_mask=mask, position_embeddings=angles)
         seen = kept_by(InternVLVisionLayer(config.vision_config), mixed=mixed,
@@ -273,21 +285,23 @@ def peak_of_update(name, work, mixed, layers):
 
 @pytest.mark.parametrize("mixed", [True, False], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "all kept"])
-@pytest.mark.parametrize("name, layers, work", [
+@pytest.mark.parametrize("name, layers, work, calls", [
     # where the peak is: logits in two parts; copies of weights; inputs of layers; the head's weight
-    ("4B", 3, work_with(kind="grpo", prompt=700, answer=200, answers=8, micro=2)),
-    ("4B", 10, work_with(kind="grpo", prompt=300, answer=9, answers=2)),
-    ("1B", 20, work_with(kind="grpo", prompt=5000, answer=9, answers=2)),
-    ("8B", 2, work_with(kind="grpo", prompt=1000, answer=50, answers=3, micro=2)),
-    ("4B", 3, work_with(kind="sft", prompt=500, answer=1000, micro=2)),
-    ("4B", 3, work_with(kind="bt", prompt=2000, answer=500, answers=2, micro=2))],
-    ids=["logits", "casts", "inputs", "head", "sft", "bt"])
-def test_peak_of_an_update(name, layers, work, checkpointing, mixed, in_bf16):
+    ("4B", 3, work_with(kind="grpo", prompt=700, answer=200, answers=8, micro=2), 2),
+    ("4B", 10, work_with(kind="grpo", prompt=300, answer=9, answers=2), 2),
+    ("1B", 20, work_with(kind="grpo", prompt=5000, answer=9, answers=2), 2),
+    ("8B", 2, work_with(kind="grpo", prompt=1000, answer=50, answers=3, micro=2), 2),
+    ("4B", 3, work_with(kind="sft", prompt=500, answer=1000, micro=2), 2),
+    ("4B", 3, work_with(kind="bt", prompt=2000, answer=500, answers=2, micro=2), 2),
+    ("4B", 3, work_with(kind="grpo", prompt=700, answer=200, answers=8, micro=2), 1)],
+    ids=["logits", "casts", "inputs", "head", "sft", "bt", "in one call"])
+def test_peak_of_an_update(name, layers, work, calls, checkpointing, mixed, in_bf16, attends_in):
     # A step of the real code at real width, but of fewer layers; most are told to 1 %. kills: 2
     # bytes a gradient, logits counted once, all in fp32 at once, without the factor b, copies of
     # weights forgotten, or kept in a forward with checkpointing, inputs of layers in bf16, no layer
     # that is recomputed
     in_bf16(mixed)
+    attends_in(calls)
     work = replace(work, checkpointing=checkpointing)
     cfg = bt_reward.Config() if work.kind == "bt" else None
     size = dry_run.measure(name, qwen3(name, num_hidden_layers=layers), cfg)

@@ -424,7 +424,7 @@ def test_recorded_tokens_are_those_that_are_run(world, recorded):
     encoder = copy.copy(world.encoder)
     encoder.eos_ids = list(range(0, 300, 30))  # finished prompts leave the batch
     check_recorded(world.model, encoder, world.prompts, 3, 1.0)
-    assert recorded["replays"] > recorded["recordings"] > 1
+    assert recorded["replays"] > recorded["recordings"] > 0
 
 
 def answers_go_on_at_the_number_of_tokens_when_sampled(patch, world):
