@@ -90,7 +90,7 @@ def answer_places(answers, sees):
     as a row of its own: which of all b*L tokens are its own [b*G, C], C the longest answer (past
     its end, its last token again), and what they see of [prompt | answer], [b*G, 1, C, P+C]; and
     the way back, for the S places behind each prompt which of those b*G*C tokens they are [b*S].
-    () where one call is faster."""
+    () where one call is faster, or the mask shows answers to each other."""
     group_size = max(len(group) for group in answers)
     longest = max(len(answer) for group in answers for answer in group)
     behind = max(sum(len(answer) for answer in group) for group in answers)            # S
@@ -99,12 +99,13 @@ def answer_places(answers, sees):
     length, t = sees.shape[3], torch.arange(longest)
     prompt = length - behind
     columns = torch.full((len(answers), group_size, longest), prompt)                  # in L
+    real = torch.zeros(columns.shape, dtype=torch.bool)
     back = torch.zeros(len(answers), behind, dtype=torch.long)
     for i, group in enumerate(answers):
         at = prompt
         for g, answer in enumerate(group):
             n = len(answer)
-            columns[i, g] = at + t.clamp(max=n - 1)
+            columns[i, g], real[i, g] = at + t.clamp(max=n - 1), t < n
             back[i, at - prompt:at - prompt + n] = (i * group_size + g) * longest + t[:n]
             at += n
     first = length * torch.arange(len(answers))[:, None, None]      # tokens of the rows before
@@ -112,7 +113,16 @@ def answer_places(answers, sees):
     columns = columns.flatten(0, 1)[:, None].expand(-1, longest, -1).to(sees.device)
     rows = sees.flatten(0, 2)[places]                                               # [b*G, C, L]
     own = rows.gather(2, columns).tril()                                            # [b*G, C, C]
-    return places, torch.cat([rows[..., :prompt], own], 2)[:, None], back
+    seen = torch.cat([rows[..., :prompt], own], 2)                                  # [b*G, C, P+C]
+    if is_more(rows, seen, real.flatten(0, 1).to(sees.device)):
+        return ()
+    return places, seen[:, None], back
+
+
+def is_more(rows, seen, real):
+    """Does a real token see more than its prompt and its own answer? Whoever changes pack()'s mask
+    must find that it counts."""
+    return bool(rows[real].sum() > seen[real].sum())
 
 
 def packed_attention(module, query, key, value, mask, scaling, **kwargs):

@@ -68,8 +68,7 @@ class Config:
                           "(paper: GPT-5); written to captions.jsonl in the run folder")
     caption_prompt: str = knob("describe", "what it is asked; this is the toy backbone's word")
     replay: str = knob("toy/text_rl.jsonl", "text rows of stage 1 to choose replayed ones from")
-    replay_ratio: str = knob("5:1", "captions : text in every batch (paper: 5:1; Table 6: "
-                             "1:0, 1:1, 2:1, 4:1, 5:1)")
+    replay_ratio: str = knob("5:1", "captions : text in every batch (Table 6: 1:0, 1:1 to 5:1)")
     replay_candidates: int = knob(200, "text rows judged to find the replayed ones among them")
     heldout: str = knob(HELDOUT, "rows judged before and after; '' for none")
     out: str = knob("runs/stage2_caption_grpo", "run folder; the same command resumes it")
@@ -486,16 +485,14 @@ def mixed_batch(rows, replay, step, cfg):
 
 def choose_replay(model, encoder, rows, cfg):
     """The "high-quality" text rows of MSRL 4.2. UNSPECIFIED: how they are chosen. Ours are those
-    where the starting model names the label in both orders: label and judge vouch for each other,
-    so a noisy label, the usual fault of large text sets, is unlikely to be replayed."""
+    where the starting model names the label in both orders: a noisy label is unlikely to stay."""
     rows = common.batch_of(rows, 0, min(cfg.replay_candidates, len(rows)), cfg.seed)
     predictions = common.judge(model, encoder, rows, sample_group, FORM, batch_size=cfg.eval_batch,
                                max_new_tokens=cfg.max_new_tokens, desc="choosing texts to replay")
     wrong = {p["at"] for p in predictions if p["pred"] != rows[p["at"]]["label"]}
     good = [row for at, row in enumerate(rows) if at not in wrong]
     if common.rank() == 0:
-        print(f"{cfg.replay}: {len(good)} of {len(rows)} rows good enough to replay, "
-              f"{n_replay(cfg)} of {cfg.batch_size} prompts in every batch")
+        print(f"{cfg.replay}: {len(good)} of {len(rows)} rows to replay, {n_replay(cfg)} a batch")
     if not good:
         raise SystemExit(f"{cfg.replay}: {cfg.model} judges none of {len(rows)} rows right in both "
                          "orders; start from a better model, or --replay_ratio 1:0")

@@ -179,6 +179,24 @@ def test_the_filter_takes_the_outlier_of_r1_reward():
     check_outlier(stage1.advantages)
 
 
+def test_with_two_rewards_the_filter_is_a_cliff_at_a_tenth():
+    # k of n answers are wrong, the rest right: z of a wrong one is -sqrt((n - k) / k), whatever the
+    # two rewards are. So all of them go below n / 10, and above it none does.
+    # kills: |z - mean of the rewards| <= 3, as R1-Reward's code has it; a filter on (r - mean)
+    for k, out in ((1, True), (19, True), (20, False), (48, False)):
+        rewards = torch.full((192, 1), 2.0, dtype=torch.float64)
+        rewards[:k] = 0.5
+        z, keep = stage1.advantages(rewards, rewards, "batch", True, 3.0)
+        assert z[0].item() == pytest.approx(-math.sqrt((192 - k) / k))
+        assert (keep[:k] != out).all() and keep[k:].all()
+    # A third reward takes the place of the cliff: of 20 wrong answers and 4 without form, these 4
+    rewards[:48] = 2.0
+    rewards[:24] = 0.5
+    rewards[:4] = 0.0
+    _, keep = stage1.advantages(rewards, rewards, "batch", True, 3.0)
+    assert (~keep).nonzero()[:, 0].tolist() == [0, 1, 2, 3]
+
+
 def test_in_a_group_of_8_the_filter_cannot_act():
     # |z| <= sqrt(G-1) = 2.65 < 3, reached by one answer against seven. kills: correction=1, a
     # filter on (r - mean) instead of z
@@ -333,6 +351,20 @@ def test_pre_clip_is_finite_with_zero_gradient_outside():
         assert (gradient[outside] == 0).all() and (gradient[~outside] != 0).all()
         assert torch.equal(stats["pre_clip_ratio"], outside)
     assert not math.isfinite(stage1.grpo_loss(*args, 0.0, 0.0)[0].item())
+
+
+def test_the_pre_clip_changes_two_of_four_corners():
+    # Log-ratios of 8 and -8, A of 1 and -1. Where PPO's clip holds, (8, 1) and (-8, -1), there is
+    # no gradient with or without the pre-clip. What it takes away is e^8 at (8, -1), which nothing
+    # else bounds, and e^-8 at (-8, 1), next to nothing.
+    # kills: clamped above only
+    logp = torch.tensor([[8.0, -8.0, 8.0, -8.0]], requires_grad=True)
+    advantage = torch.tensor([[1.0, -1.0, -1.0, 1.0]])
+    rest = torch.zeros(1, 4), None, advantage, torch.ones(1, 4), 0.2, 0.2
+    for pre_clip, want in ((0.0, [0.0, 0.0, math.exp(8), -math.exp(-8)]), (1e3, [0.0] * 4)):
+        loss, _ = stage1.grpo_loss(logp, *rest, pre_clip, 0.0)
+        gradient, = torch.autograd.grad(loss, logp)
+        assert torch.allclose(gradient, torch.tensor([want]), rtol=1e-5, atol=0)
 
 
 def test_an_outlier_of_the_reference_does_not_overflow_the_kl():
@@ -559,8 +591,7 @@ def in_one_call(answers, sees):
 
 @pytest.mark.parametrize("name", wrong_versions.PACKINGS)
 def test_one_by_one_rejects_wrong_packing(world, monkeypatch, name):
-    # in one call, for in two no mask can show answers to each other
-    monkeypatch.setattr(decoding, "answer_places", in_one_call)
+    # kills: two calls of attention under a mask that shows answers to each other (is_more)
     monkeypatch.setattr(stage1, "pack", wrong_versions.PACKINGS[name])
     errors = packed_error(world, world.model, world.encoder, world.prompts["mixed"])
     assert errors[0] > 0.01 and errors[2] > 0.01
