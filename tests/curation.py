@@ -5,8 +5,9 @@ structure, and is a reward model better for it? Slow, so not part of the tests.
     python tests/curation.py --seeds 0 1 2   # after tests/curriculum.py of the same seeds
     python tests/curation.py --pilot         # how long to train, on rows of no seed
 
-Text only. Fixed before any result, but for READERS: after the first, new rows of training were
-judged right in 87 %, and no more after clean labels had trained it further, so there is a second.
+Text only. Fixed before any result of a seed. A pilot on rows of no seed changed READERS: after the
+first, new rows of training were judged right in 87 %, and no more after clean labels had trained it
+further, so there is a second. Then, for lack of time, all sets were made a third smaller.
 Each seed draws its own rows and its own noise; no row stands in two sets of a seed, nor in what
 judges and readers were trained on:
 
