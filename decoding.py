@@ -28,9 +28,9 @@ import common  # which imports this file: its names are there when the functions
 import sharding
 
 ATTENTION = "grouped"  # attn_implementation of what common.load() loads
-# Tokens of the answers to a prompt from which packed_attention() is faster than one call on a GPU,
-# where its many small kernels must be launched. H100, 16 heads, P 1500: 3.1 against 2.5 ms with
-# 2,400 tokens, 5.0 against 9.6 with 7,200
+# Tokens of the answers to a prompt from which a GPU attends in two calls, whose many small kernels
+# must be launched. A guess between two measurements of a layer (H100, 16 heads, P 1500): 3.1 ms
+# against 2.5 in one call with 2,400 tokens, 5.0 against 9.6 with 7,200
 TWO_CALLS_FROM = 5000
 
 
@@ -64,7 +64,7 @@ def layer_masks(model, sees, positions, key_positions=None, answers=None):
 def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """PyTorch's attention, as transformers calls it: query [b, heads, Q, dim], keys and values
     [b, heads/r, L, dim], mask [b, 1, Q, L] -> [b, Q, heads, dim]. Two cases are ours."""
-    if getattr(attention_mask, "answers", ()):
+    if getattr(attention_mask, "answers", ()) and not kwargs.get("dropout"):
         return packed_attention(module, query, key, value, attention_mask, scaling, **kwargs), None
     decodes = query.shape[2] < key.shape[2] and attention_mask is not None
     if decodes and query.shape[1] > key.shape[1]:

@@ -7,9 +7,9 @@ pairs than listwise scoring alone? Minutes, so not part of the tests.
 The toy model cannot write a list of scores, but it judges pairs, and a win rate is a score. So
 dt2it.py --construct runs as it is, but for teacher_scores(), whose place by_win_rates() takes:
 
-    listwise   a response's share of wins against the K - 1 others, each pair shown in one order,
+    listwise   a response's wins against the K - 1 others, each pair shown in one order,
                that of the list: with the judge's leaning to a position, as in the paper
-    pointwise  its share of wins against the row's reference, in both orders; no other response is
+    pointwise  its wins against the row's reference, in both orders; no other response is
                in sight
 
 Fixed before any result: 300 held-out questions for each seed, K = 4 responses that came with the

@@ -30,8 +30,6 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 PROGRAMS = TESTS / "programs"  # what a test runs in a process of its own
 DATA = ROOT.parent / "shared" / "data"  # public files beside this checkout
-if not DATA.exists():
-    DATA = Path("/work/shared/data")
 RM_BENCH = DATA / "rm_bench_chat.json"
 
 OTHER = {"A": "B", "B": "A"}

@@ -5,10 +5,10 @@ the tests.
     python tests/idle_rewards.py                              # both, seeds 0, 1, 2
     python tests/idle_rewards.py --rewards task --seeds 0     # one of them, one seed
 
-task (MSRL 4.2, 0.2 for the right <type>): the toy model writes no <type> after SFT on text. A
-pretrained one follows the template part of the time, and for it stands a stage 0 on captions whose
-answers name a type in a third of the rows; half of these are a wrong one, drawn at random. Then
-stage 2 with the reward and without. MSRL has no such ablation.
+task (MSRL 4.2, 0.2 for the right <type>): the toy model hardly ever writes a <type> after SFT on
+text. A pretrained one follows the template part of the time, and for it stands a stage 0 on
+captions whose answers name a type in a third of the rows; half of these are a wrong one, drawn at
+random. Then stage 2 with the reward and without. MSRL has no such ablation.
 
 consistency (R1-Reward 4.3): the toy verdict always follows from the toy reasoning. Here stage 0 is
 taught on rows a quarter of which answer the opposite of what their reasoning concluded. Then stage
@@ -145,8 +145,8 @@ def type_figures(rows, greedy, sampled):
 
 
 def consistency_figures(rows, greedy, sampled):
-    """Shares of the sampled answers, all in order AB; last of the greedy ones. Where the reasoning
-    concluded the wrong side, accuracy pays for contradicting it, and consistency does not."""
+    """Shares of the sampled answers, all in order AB; one column of the greedy ones. Where the
+    reasoning concluded the wrong side, accuracy pays for contradicting it, consistency does not."""
     follows, right_against, reasoned_right = [], [], []
     against = {"right": [], "wrong": []}  # by what the reasoning concluded
     for prediction in sampled:
