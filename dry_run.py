@@ -512,8 +512,9 @@ def attention_numbers(work, q, k, mixed):
         return 4 * q * work.length + work.length ** 2
     seen = prompt + work.answer
     query = prompt if mixed else work.length  # autocast copies the part, fp32 keeps the whole
-    return (query * q + 3 * prompt * q + prompt ** 2 + 2 * answers * q
-            + 2 * work.answers * seen * k + answers * (q // k) * seen + work.length * q)
+    of_prompt = query * q + 3 * prompt * q + prompt ** 2
+    of_answers = 2 * answers * q + 2 * work.answers * seen * k + answers * (q // k) * seen
+    return of_prompt + of_answers + work.length * q
 
 
 def layer_temporaries(size, tokens, mixed=True):
