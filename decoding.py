@@ -68,7 +68,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, **kwargs)
         return packed_attention(module, query, key, value, attention_mask, scaling, **kwargs), None
     decodes = query.shape[2] < key.shape[2] and attention_mask is not None
     if decodes and query.shape[1] > key.shape[1]:
-        return grouped_attention(query, key, value, attention_mask, scaling).contiguous(), None
+        mask = for_each_head(attention_mask, query, key)
+        return grouped_attention(query, key, value, mask, scaling).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
                                   **kwargs)
 
@@ -76,13 +77,18 @@ def attention(module, query, key, value, attention_mask, scaling=None, **kwargs)
 def grouped_attention(query, key, value, mask, scaling):
     """r heads of the query share keys and values, as in most models: query [b, heads, Q, dim]
     becomes [b, heads/r, r*Q, dim], r times as many tokens of each head of keys. Else transformers
-    repeats all keys and values r times, in every step. -> [b, Q, heads, dim]"""
+    repeats all keys and values r times, in every step. The mask is [b, 1, r*Q, L], by
+    for_each_head(). -> [b, Q, heads, dim]"""
     b, heads, length, dim = query.shape
     r = heads // key.shape[1]
-    out = F.scaled_dot_product_attention(
-        query.reshape(b, heads // r, r * length, dim), key, value, scale=scaling,
-        attn_mask=mask.repeat(1, 1, r, 1))
+    out = F.scaled_dot_product_attention(query.reshape(b, heads // r, r * length, dim), key, value,
+                                         attn_mask=mask, scale=scaling)
     return out.reshape(b, heads, length, dim).transpose(1, 2)
+
+
+def for_each_head(mask, query, key):
+    """[b, 1, Q, L] -> [b, 1, r*Q, L] for the r heads of the query that share keys"""
+    return mask.repeat(1, 1, query.shape[1] // key.shape[1], 1)
 
 
 def answer_places(answers, sees):
@@ -130,8 +136,11 @@ def packed_attention(module, query, key, value, mask, scaling, **kwargs):
     each answer, as a row of its own, to the prompt and to itself. One call with pack()'s mask would
     also compare every answer with every other, of which nothing is used: at G 8 most of the work.
     -> [b, L, heads, dim]"""
-    places, sees, back = mask.answers
+    places, _, back = mask.answers
     prompt = query.shape[2] - len(back) // len(query)
+    if not hasattr(mask, "numbers"):  # the first layer makes them for all
+        mask.numbers = masks_as_numbers(mask, prompt, query, key, value.dtype)
+    of_prompt, of_answers = mask.numbers
 
     def rows(x):  # [b, heads, L, dim] -> those of the answers [b*G, heads, C, dim]
         tokens = x.transpose(1, 2).flatten(0, 1)                               # [b*L, heads, dim]
@@ -142,12 +151,21 @@ def packed_attention(module, query, key, value, mask, scaling, **kwargs):
         return torch.cat([x[:, :, :prompt].repeat_interleave(len(places) // len(x), 0), rows(x)], 2)
 
     first, _ = sdpa_attention_forward(
-        module, query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt],
-        mask[:, :, :prompt, :prompt], scaling=scaling, **kwargs)               # [b, P, heads, dim]
-    answers = grouped_attention(rows(query), behind_prompt(key), behind_prompt(value), sees,
+        module, query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt], of_prompt,
+        scaling=scaling, **kwargs)                                             # [b, P, heads, dim]
+    answers = grouped_attention(rows(query), behind_prompt(key), behind_prompt(value), of_answers,
                                 scaling)                                     # [b*G, C, heads, dim]
     answers = answers.flatten(0, 1).index_select(0, back)                    # [b*S, heads, dim]
     return torch.cat([first, answers.unflatten(0, (len(first), -1))], 1)
+
+
+def masks_as_numbers(mask, prompt, query, key, dtype):
+    """Of prompts [b, 1, P, P] and of answers [b*G, 1, r*C, P+C]: 0 what is seen, -inf what is not.
+    Of True and False PyTorch makes these numbers itself, but in each layer anew, and each layer
+    keeps its own for the backward pass."""
+    _, sees, _ = mask.answers
+    masks = mask[:, :, :prompt, :prompt], for_each_head(sees, query, key)
+    return [m.new_zeros(m.shape, dtype=dtype).masked_fill_(~m, -torch.inf) for m in masks]
 
 
 AttentionInterface.register(ATTENTION, attention)

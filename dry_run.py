@@ -506,14 +506,14 @@ def layer_activations(size, work, mixed=True):
 def attention_numbers(work, q, k, mixed):
     """How many numbers attention keeps of a sequence: q; k and v, repeated for all heads; output;
     the mask. Packed answers (decoding.packed_attention) have keys of their own, in which those of
-    the prompt are there again, and the output once more, put together."""
+    the prompt are there again, and the output once more, put together; all layers share masks."""
     prompt, answers = work.prompt, work.answers * work.answer
     if not work.packed:
         return 4 * q * work.length + work.length ** 2
     seen = prompt + work.answer
     query = prompt if mixed else work.length  # autocast copies the part, fp32 keeps the whole
-    of_prompt = query * q + 3 * prompt * q + prompt ** 2
-    of_answers = 2 * answers * q + 2 * work.answers * seen * k + answers * (q // k) * seen
+    of_prompt = query * q + 3 * prompt * q
+    of_answers = 2 * answers * q + 2 * work.answers * seen * k
     return of_prompt + of_answers + work.length * q
 
 
@@ -554,7 +554,9 @@ def kept_activations(size, work, mixed=True):
         kept += size.vision.num_hidden_layers * layer
     masks = work.length ** 2            # truth values
     if work.packed:
-        masks += work.answers * work.answer * (work.prompt + work.answer)
+        of_answers = work.answers * work.answer * (work.prompt + work.answer)
+        heads = size.text.num_attention_heads // size.kv_heads  # that share keys
+        masks += of_answers + (2 if mixed else 4) * (work.prompt ** 2 + heads * of_answers)
     return kept + last_norm(size, work) + rows * masks
 
 

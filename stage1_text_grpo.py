@@ -620,7 +620,9 @@ def token_logps(logits, source, target, encoder, temperature, with_entropy):
     entropy = torch.zeros_like(picked)
     if with_entropy:
         with torch.no_grad():
-            entropy = -(logp.exp() * logp).sum(-1)[rows, place].masked_fill(others, 0.0)
+            few = logp.split(64, 1)  # for the sake of memory
+            entropy = torch.cat([-(part.exp() * part).sum(-1) for part in few], 1)
+            entropy = entropy[rows, place].masked_fill(others, 0.0)
     return picked, entropy
 
 

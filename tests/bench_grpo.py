@@ -5,6 +5,7 @@ an idle machine, so not part of the tests.
     python tests/bench_grpo.py                            # this project and the naive step
     python tests/bench_grpo.py --trl venv-trl/bin/python  # and TRL, by an interpreter that has it
     python tests/bench_grpo.py --growth                   # with P, G and C, one at a time
+    python tests/bench_grpo.py --smallest --steps 1       # the least memory each can do with
     python tests/bench_grpo.py --cases 1B --device cuda --steps 1 --repeats 1
 
 For venv-trl: a virtual environment with the torch and transformers that run this file, and
@@ -99,6 +100,8 @@ def compare(cases, args):
             grpo_step.make(folder, case)
             for who, python in list(pythons.items()) * args.repeats:
                 bar.set_postfix_str(f"{describe(case)}: {who}")
+                if args.smallest:  # a forward with a gradient: TRL's of one answer, ours of a group
+                    case = case | {"rows": 1 if who.startswith("trl") else case["G"]}
                 command = [python, str(PROGRAM), who, json.dumps(case), folder]
                 done = subprocess.run(command, env=env, capture_output=True, text=True)
                 if done.returncode:
@@ -145,6 +148,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=[*CASES, "1B"])
     parser.add_argument("--growth", action="store_true", help="other lengths instead of --cases")
+    parser.add_argument("--smallest", action="store_true", help="micro-batches as small as can be")
     parser.add_argument("--trl", help="a Python that has trl 1.16")
     parser.add_argument("--repeats", type=int, default=3, help="processes for each competitor")
     parser.add_argument("--steps", type=int, default=2, help="that a process measures")

@@ -109,7 +109,7 @@ def kept_by(layer, *args, mixed=True, **kwargs):
         layer(*args, **kwargs)
     shared = set()
     for tensor in tree_leaves(kwargs):
-        for given in (tensor, *getattr(tensor, "answers", ())):
+        for given in (tensor, *getattr(tensor, "answers", ()), *getattr(tensor, "numbers", ())):
             shared.add(given.untyped_storage()._cdata)
     weights = {tuple(parameter.shape) for parameter in layer.parameters()}
     weights |= {shape[::-1] for shape in weights}
@@ -192,8 +192,9 @@ def test_an_adapter_trains_little():
 @pytest.mark.parametrize("name", ["1B", "4B", "8B"])
 def test_activations_of_a_layer(name, calls, mixed, attends_in):
     # to the byte. kills: keys and values not repeated, one copy of a norm's output for q, k and v,
-    # a mask shared by the layers, hidden size for that of q, 2 bytes for what is kept in fp32, keys
-    # of the prompt once for all its answers, gather() in packed_attention, which keeps its input
+    # one mask for all layers, or in packed_attention one for each, hidden size for that of q, 2
+    # bytes for what is kept in fp32, keys of the prompt once for all its answers, gather() in
+    # packed_attention, which keeps its input
     from transformers.models.internvl.modeling_internvl import InternVLVisionLayer
     from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
     attends_in(calls)
