@@ -90,6 +90,8 @@ def compare(cases, args):
         pythons["trl"] = args.trl
     if args.trl and args.device == "cpu":  # on a GPU the head runs over answers only as it comes
         pythons["trl-answers"] = args.trl
+    if args.smallest:
+        pythons = {who: pythons[who] for who in ("ours", "trl-answers") if who in pythons}
     env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     bar = tqdm(total=len(cases) * args.repeats * len(pythons), unit="process")
     results = []
@@ -101,7 +103,7 @@ def compare(cases, args):
             for who, python in list(pythons.items()) * args.repeats:
                 bar.set_postfix_str(f"{describe(case)}: {who}")
                 if args.smallest:  # a forward with a gradient: TRL's of one answer, ours of a group
-                    case = case | {"rows": 1 if who.startswith("trl") else case["G"]}
+                    case = case | {"rows": case["G"] if who == "ours" else 1}
                 command = [python, str(PROGRAM), who, json.dumps(case), folder]
                 done = subprocess.run(command, env=env, capture_output=True, text=True)
                 if done.returncode:
