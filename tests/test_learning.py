@@ -56,12 +56,16 @@ def test_the_curriculum_learns(world, tmp_path):
     with larger rates, fewer rows and smaller batches. What the whole measures is in
     tests/RESULTS.md.
 
-    Two choices of rows save most of the time. Stage 0 sees all rows once, which teaches it to
-    follow its checks, and then some in which the annotators' bias is as frequent again: that bias
-    is what comes last. Stage 2 trains on the pairs of pictures and videos alone, for the rest it
-    knows; but all four tasks are judged.
+    Two choices of rows save time. Stage 0 reads all rows once, which teaches it to follow its
+    checks, and then 1,400 of them at half the rate, of which every second one is a conflict: the
+    annotators' bias is what it learns last. Stage 2 trains on pairs of pictures and of videos,
+    where it is worst, and is judged on all four tasks. --micro_batch 2 is a fifth faster on a CPU.
 
-    --micro_batch 2 costs a fifth less on a CPU than the default and changes no gradient."""
+    Seeds 0, 1, 2 passed: bias 0.38, 0.41, 0.40; stage 1 from 0.73, 0.73, 0.65 to 0.91, 0.97, 0.95,
+    share of A 0.45, 0.51, 0.51; stage 2 +0.21, +0.10, +0.17; stage 3 +0.10, -0.01, -0.02.
+
+    kills: advantages of the other sign (stage 1: 0.65 to 0.50, all B); a student that is not taught
+    the caption (stage 3's first format: 0); a loss without its rewards (before = after)."""
     tasks = toy_world.common.TASKS
 
     def stage(script, start, data, heldout, *flags, name=None):
@@ -90,12 +94,12 @@ def test_the_curriculum_learns(world, tmp_path):
     rl_text, before, after = stage(
         "stage1_text_grpo", sft, f"{world}/text_rl.jsonl:500", text, *rl,
         "--batch_size", 16, "--max_steps", 18, "--lr", "1.2e-4")
-    # kills: rewards that are always equal, advantages of the other sign
-    assert before["format"] >= 0.98 and 0.55 <= before["accuracy"] <= 0.80  # the annotators' bias
+    judged = json.loads(run("eval.py", "--model", sft, "--data", text, "--json").splitlines()[-1])
+    assert judged["accuracy"] == pytest.approx(before["accuracy"])  # one evaluator, one number
+    assert before["format"] >= 0.98 and 0.55 <= before["accuracy"] <= 0.80
+    bias = judged["groups"]["plain"] - judged["groups"]["conflict"]  # the annotators'
+    assert bias >= 0.15
     assert after["accuracy"] >= before["accuracy"] + 0.10 and 0.4 <= after["share_a"] <= 0.6
-    judged = json.loads(run("eval.py", "--model", rl_text, "--data", text,
-                            "--json").splitlines()[-1])
-    assert judged["accuracy"] == pytest.approx(after["accuracy"])  # one evaluator, one number
 
     pairs = choose(world / "caption_rl.jsonl", "task",
                    {"image_generation": 100, "video_generation": 100}, "pairs.jsonl")
@@ -113,7 +117,6 @@ def test_the_curriculum_learns(world, tmp_path):
         f"{heldout(25, ['text'])},{heldout(15, tasks[1:])}", *rl, "--batch_size", 12,
         "--max_steps", 4, "--lr", "1e-4")
     first = lines(pixels / "metrics.jsonl")[0]
-    # kills: a student that is not taught the caption
     assert first["rewards/format/mean"] >= 0.5  # the <caption>, asked for and taught
     assert visual(before) >= 0.65 and visual(after) >= visual(before) - 0.06
     assert after["tasks"]["text"] >= before["tasks"]["text"] - 0.08
