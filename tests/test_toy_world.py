@@ -12,6 +12,7 @@ from collections import Counter
 import pytest
 import toy_world
 from helpers import OTHER, PROGRAMS, UNDERSTANDING, VISUAL, lines, run_there, small_world
+from safetensors.torch import load_file, save_file
 
 import common
 import stage0_sft
@@ -317,3 +318,27 @@ def test_same_seed_same_bytes(tmp_path):
     other = hashes(tmp_path / "4")
     for name in here.keys() & other.keys():
         assert here[name] != other[name]
+
+
+# ----------------------------------------------------------------------------------------- backbone
+def test_the_prebuilt_tokenizer_is_what_rebuild_writes(tmp_path):
+    """All that --rebuild takes from templates and words. kills: a template or a word that changed
+    after the backbone was trained."""
+    toy_world.make_tokenizer().save_pretrained(tmp_path)
+    written = hashes(tmp_path)
+    assert "tokenizer.json" in written
+    assert written.items() <= hashes(toy_world.PREBUILT).items()
+
+
+def test_weights_are_compared_one_by_one(tmp_path):
+    """kills: comparing the first tensor only; a difference that is not taken absolutely."""
+    weights = load_file(toy_world.PREBUILT / "model.safetensors")
+    path = tmp_path / "model.safetensors"
+    save_file(weights, path)
+    assert "are the same" in toy_world.compare(tmp_path)
+    last = weights[sorted(weights)[-1]].flatten()
+    last[-1] -= 0.5
+    save_file(weights, path)
+    assert re.match(r"1 of the [\d,]+ weights .* by 0\.5 at most", toy_world.compare(tmp_path))
+    save_file({"one": last}, path)
+    assert "other sizes" in toy_world.compare(tmp_path)

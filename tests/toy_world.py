@@ -3,7 +3,8 @@ The toy world: coloured shapes, a tiny InternVL that can read them, and preferen
 
     python tests/toy_world.py              write toy/ (backbone + rows + media), about half a minute
     python tests/toy_world.py --check      what the backbone can do, and what it cannot: judge
-    python tests/toy_world.py --rebuild    train the backbone anew, into toy/backbone (RESULTS.md)
+    python tests/toy_world.py --rebuild    train the backbone anew, into toy/backbone, and say how
+                                           far it is from the prebuilt one (RESULTS.md)
 
 A picture holds shapes at places, a video one shape that moves, a text says which person has what:
 
@@ -38,6 +39,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -625,6 +627,7 @@ def rebuild(out, seed=0, scale=1.0):
         optimizer.zero_grad()
         bar.set_postfix({k: f"{v:.3f}" for k, v in mean.items()}, refresh=False)
     save_backbone(model, tok, images, out)
+    print(compare(out))
     check(out)
 
 
@@ -633,6 +636,23 @@ def save_backbone(model, tok, images, out):
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
     tok.save_pretrained(out)
     images.save_pretrained(out)
+
+
+def compare(folder, other=PREBUILT):
+    """-> one line: whether two backbones have the same weights, bit by bit, or how far they are
+    apart. The same bits need the same versions, kind of processor and number of threads."""
+    mine, theirs = (load_file(Path(f, "model.safetensors")) for f in (folder, other))
+    if {name: t.shape for name, t in mine.items()} != {name: t.shape for name, t in theirs.items()}:
+        return f"{folder} and {other} are models of other sizes"
+    total = sum(t.numel() for t in mine.values())
+    differ, most = 0, 0.0
+    for name, weights in mine.items():
+        differ += (weights != theirs[name]).sum().item()
+        most = max(most, (weights.float() - theirs[name].float()).abs().max().item())
+    if not differ:
+        return f"the weights of {folder} and {other} are the same: all {total:,}, bit by bit"
+    return (f"{differ:,} of the {total:,} weights of {folder} differ from those of {other}, by "
+            f"{most:.3g} at most")
 
 
 # ----------------------------------------------------------------------------------- what it can do
