@@ -10,10 +10,10 @@ Every command is printed before it runs; what is finished already is not run aga
 
 Tables 4 and 6 and Figure 3 are made near the paper's proportions. It has 400k texts, about 20k
 captions and 20k multimodal rows, 20 : 1 : 1; the curriculum above sees 1,440 : 800 : 960, and there
-captions and pixels teach what text should have. So here stages 2 and 3 have 96 labelled rows each, 1,440 :
-96 : 96 (15 : 1 : 1), and see none twice (stage 2 sees 80 of them, and 16 replayed texts). 4 steps
-of 24 prompts, as the stages take them, moved neither's training reward (seed 0: 1.91, 1.91, 1.83,
-1.88 and 1.80, 1.84, 1.80, 1.85), so they take 8 steps of 12.
+captions and pixels teach what text should have. So here stages 2 and 3 have 96 labelled rows each,
+1,440 : 96 : 96 (15 : 1 : 1), and see none twice (stage 2 sees 80 of them, and 16 replayed texts). 4
+steps of 24 prompts, as the stages take them, moved neither's training reward (seed 0: 1.91, 1.91,
+1.83, 1.88 and 1.80, 1.84, 1.80, 1.85), so they take 8 steps of 12.
 
 Distillation needs no labels, and Table 4 has it twice: with about as many rows as are labelled (the
 first 90 of those 96 captions, 30 texts), and with 5 times as many, 450 captions and 150 texts. It
