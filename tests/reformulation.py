@@ -3,6 +3,7 @@ Pair against swap (DT2IT-MRM 3.2, Table 7) on a ground of its own. Slow, so not 
 
     python tests/reformulation.py                  # seeds 0, 1, 2
     python tests/reformulation.py --seeds 0        # one seed; without a number: the backbone alone
+    python tests/reformulation.py --controls       # relations that the backbone has compared by
 
 The toy rows are no fair ground: swap puts to the toy backbone the lesson it learned to caption
 with, and of pair's two numbered images it never saw a word. Here:
@@ -31,6 +32,12 @@ Settings, chosen before the first run, but for the backbone's lessons. Those wer
 after a pilot on training rows (one seed, the first rate): swap went to 100 %, pair stayed at 50,
 and so had, nearly, the lessons (400 steps, one question each): 62 % for "same colour ?". The
 lessons above ask several things at once. What is finished already is not run again.
+
+Controls, added after seed 0 was seen: pair had again learned nothing, so can it learn at all? The
+same training (first rate, CONTROL_ROWS rows) with rewards that the backbone has compared by:
+"place", the image whose thing is at the named place ("top ."), by two images and by one; "higher",
+by two (swap cannot ask it). Figures are of the last fifth of the rows, before they are learned
+from; their things are drawn from all combinations, as the lessons' are.
 """
 
 import argparse
@@ -38,7 +45,7 @@ import json
 import math
 import random
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import toy_world
@@ -53,6 +60,8 @@ OUT = ROOT / "runs" / "reformulation"
 COLOURS, SHAPES = ["red", "green", "blue", "yellow"], ["square", "disc", "triangle"]
 ROWS, HELD = 6000, 600
 RATES = (5e-4, 1.5e-3)  # bt_reward.py's default and three times it
+CONTROL_ROWS = 1920
+CONTROLS = [("place", "pair"), ("place", "swap"), ("higher", "pair")]
 LESSON_STEPS, LESSON_RATE = 500, 8e-4
 SWAP_PROMPT = "<image> shows"
 UNDERSTANDING = "image_understanding"
@@ -216,6 +225,29 @@ def write_rows(name, task, n, held):
     return path
 
 
+def write_controls(name, relation):
+    """CONTROL_ROWS rows to OUT/name.jsonl, as write_rows(), with another reward."""
+    path, rng, rows = OUT / f"{name}.jsonl", random.Random(name), []
+    (OUT / name).mkdir(parents=True, exist_ok=True)
+    for i in range(CONTROL_ROWS):
+        places = rng.sample(list(toy_world.PLACES), 2)  # the right one first
+        height = [toy_world.PLACES[place][1] for place in places]
+        while relation == "higher" and height[0] >= height[1]:
+            places = rng.sample(list(toy_world.PLACES), 2)
+            height = [toy_world.PLACES[place][1] for place in places]
+        label, media = rng.choice("AB"), []
+        for side, place in zip("AB", places if label == "A" else places[::-1], strict=True):
+            media.append(f"{name}/{i}{side}.png")
+            image = toy_world.paint(rng, {place: any_thing(rng)})
+            Image.fromarray(image).save(OUT / media[-1])
+        asked = places[0] if relation == "place" else relation
+        rows.append({"id": f"{name}-{i}", "task": "image_generation", "prompt": f"{asked} .",
+                     "media": media, "responses": None, "captions": [], "label": label,
+                     "source": "toy"})
+    common.write_lines(path, rows)
+    return path
+
+
 # ------------------------------------------------------------------------------------- two forms
 def as_texts(row, t2i):
     """bt_reward.as_texts() with another swap prompt, for which it has no flag."""
@@ -247,6 +279,22 @@ def train(seed):
                                             cfg)
             bt_reward.train(cfg, torch.device("cpu"), cfg.out, rows)
     return folders
+
+
+def train_controls(seeds):
+    for relation, form in CONTROLS:
+        found = []
+        for seed in seeds:
+            name = f"{relation}{seed}"
+            cfg = replace(config(form, RATES[0], OUT / f"{name}.jsonl", seed),
+                          out=str(OUT / f"seed{seed}" / f"{relation}-{form}"))
+            if not Path(cfg.out, "stage.json").exists():
+                write_controls(name, relation)
+                bt_reward.train(cfg, torch.device("cpu"), cfg.out)
+            steps = lines(Path(cfg.out) / "metrics.jsonl")
+            found.append(mean([step["accuracy"] for step in steps[-len(steps) // 5:]]))
+        print(f"control, {relation}, {form}: " + ", ".join(f"{value:.1f}" for value in found),
+              flush=True)
 
 
 @torch.no_grad()
@@ -336,11 +384,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--controls", action="store_true", help="only these")
     args = parser.parse_args()
     if not (ROOT / "toy" / "backbone").exists():
         run("tests/toy_world.py")
     bt_reward.as_texts = as_texts
     make_backbone(OUT / "backbone")
+    if args.controls:
+        train_controls(args.seeds)
+        return
     files = {"generation": write_rows("held_generation", "image_generation", HELD, held=True),
              "understanding": write_rows("held_understanding", UNDERSTANDING, HELD, held=True)}
     table = {}
