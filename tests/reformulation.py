@@ -376,7 +376,8 @@ def show(table):
         cells = []
         for column in columns:
             values = [row[column] for row in seeds]
-            cells.append(f"{sum(values) / len(values):.1f} ({min(values):.0f}-{max(values):.0f})")
+            spread = f"{sum(values) / len(values):.1f} ({min(values):.0f}-{max(values):.0f})"
+            cells.append("-" if math.isnan(values[0]) else spread)
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
