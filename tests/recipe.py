@@ -49,7 +49,7 @@ from curriculum import ROOT, bt_reward, common, lines, load_rows
 from PIL import Image
 
 HERE = Path("runs/recipe")
-TEXT_RATE, MM_RATE = 5e-4, 5e-4
+TEXT_RATE, MM_RATE = 5e-4, 1e-3
 RATES = [2e-4, 5e-4, 1e-3]  # of the pilot
 MM = ["image_understanding", "image_generation"]
 HELDOUT = {"text": 2000, **dict.fromkeys(MM, 500)}
