@@ -259,12 +259,25 @@ def table(name, columns, cells):
 
 
 def text_table(name, seeds):
-    """A table of held-out texts: the heads, the regularisers, the lengths."""
-    cells = {}
+    """A table of held-out texts: the heads, the regularisers, the lengths. The last two columns are
+    points more than "2, silu" of the same seed has, and the share of rows that only one of the two
+    gets right."""
+    cells, default = {}, [points(seed, "2-silu") for seed in seeds]
     for label, run in TABLES[name].items():
         found = [accuracy("heldout_text", scores(seed, run, "heldout_text")) for seed in seeds]
         cells[label] = {column: [one[column] for one in found] for column in TEXT_COLUMNS}
-    table(name, TEXT_COLUMNS, cells)
+        cells[label] |= {"more than 2, silu": [], "unlike it": []}
+        for seed, theirs in zip(seeds, default, strict=True):
+            gains = [ours - its for ours, its in zip(points(seed, run), theirs, strict=True)]
+            cells[label]["more than 2, silu"].append(100 * fmean(gains))
+            cells[label]["unlike it"].append(100 * fmean(map(abs, gains)))
+    table(name, [*TEXT_COLUMNS, "more than 2, silu", "unlike it"], cells)
+
+
+def points(seed, run):
+    """-> for each held-out text 1 if it is right, else 0"""
+    pairs = better_first("heldout_text", scores(seed, run, "heldout_text"))
+    return [int(chosen > rejected) for chosen, rejected in pairs]
 
 
 def reward_table(seeds):
