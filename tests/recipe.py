@@ -234,15 +234,15 @@ def better_first(name, pairs):
 def accuracy(name, pairs):
     """-> {column: per cent right}"""
     rows = lines(ROOT / HERE / f"{name}.jsonl")
-    points = {column: [] for column in TEXT_COLUMNS}
+    right = {column: [] for column in TEXT_COLUMNS}
     for row, (chosen, rejected) in zip(rows, better_first(name, pairs), strict=True):
         extra = bt_reward.extra_length(row)
         columns = ["all", row["subset"]]
         if extra:
             columns.append("longer is better" if extra > 0 else "shorter is better")
         for column in columns:
-            points.setdefault(column, []).append(chosen > rejected)
-    return {column: 100 * fmean(right) for column, right in points.items() if right}
+            right.setdefault(column, []).append(chosen > rejected)
+    return {column: 100 * fmean(found) for column, found in right.items() if found}
 
 
 # ------------------------------------------------------------------------------------------ tables
