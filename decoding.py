@@ -138,7 +138,8 @@ def packed_attention(module, query, key, value, mask, scaling, **kwargs):
     -> [b, L, heads, dim]"""
     places, _, back = mask.answers
     prompt = query.shape[2] - len(back) // len(query)
-    if not hasattr(mask, "numbers"):  # the first layer makes them for all
+    if not hasattr(mask, "numbers"):  # the first layer makes them for all of its forward
+        # value's, for under autocast query and key may still be fp32
         mask.numbers = masks_as_numbers(mask, prompt, query, key, value.dtype)
     of_prompt, of_answers = mask.numbers
 

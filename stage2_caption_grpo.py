@@ -672,8 +672,8 @@ def token_logps(logits, source, target, encoder, temperature, with_entropy):
     entropy = torch.zeros_like(picked)
     if with_entropy:
         with torch.no_grad():
-            few = logp.split(64, 1)  # for the sake of memory
-            entropy = torch.cat([-(part.exp() * part).sum(-1) for part in few], 1)
+            parts = logp.split(64, 1)  # of all rows at once, exp(logp) would be as large as logp
+            entropy = torch.cat([-(part.exp() * part).sum(-1) for part in parts], 1)
             entropy = entropy[rows, place].masked_fill(others, 0.0)
     return picked, entropy
 

@@ -90,8 +90,9 @@ def compare(cases, args):
         pythons["trl"] = args.trl
     if args.trl and args.device == "cpu":  # on a GPU the head runs over answers only as it comes
         pythons["trl-answers"] = args.trl
-    if args.smallest:
-        pythons = {who: pythons[who] for who in ("ours", "trl-answers") if who in pythons}
+    if args.smallest:  # ours and its fair peer
+        peer = "trl-answers" if args.device == "cpu" else "trl"
+        pythons = {who: pythons[who] for who in ("ours", peer) if who in pythons}
     env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     bar = tqdm(total=len(cases) * args.repeats * len(pythons), unit="process")
     results = []
@@ -102,9 +103,10 @@ def compare(cases, args):
             grpo_step.make(folder, case)
             for who, python in list(pythons.items()) * args.repeats:
                 bar.set_postfix_str(f"{describe(case)}: {who}")
+                given = case
                 if args.smallest:  # a forward with a gradient: TRL's of one answer, ours of a group
-                    case = case | {"rows": case["G"] if who == "ours" else 1}
-                command = [python, str(PROGRAM), who, json.dumps(case), folder]
+                    given = case | {"rows": case["G"] if who == "ours" else 1}
+                command = [python, str(PROGRAM), who, json.dumps(given), folder]
                 done = subprocess.run(command, env=env, capture_output=True, text=True)
                 if done.returncode:
                     raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")

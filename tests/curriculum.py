@@ -48,8 +48,9 @@ VARIANTS = {"1@360": ["--max_steps", 15, "--heldout", ""],
             "3@96": [*SMALL, "--data", "toy/mm_rl.jsonl:96", "--max_steps", 8],
             "3@480": [*SMALL, "--data", "toy/mm_rl.jsonl:480", "--max_steps", 40],
             "2@800@1to0": ["--replay_ratio", "1:0"]}
-for ratio in ("1:0", "1:1", "2:1"):
-    VARIANTS[f"2@96@{ratio.replace(':', 'to')}"] = [*VARIANTS["2@96"], "--replay_ratio", ratio]
+VARIANTS |= {"2@96@1to0": [*VARIANTS["2@96"], "--replay_ratio", "1:0"],
+             "2@96@1to1": [*VARIANTS["2@96"], "--replay_ratio", "1:1"],
+             "2@96@2to1": [*VARIANTS["2@96"], "--replay_ratio", "2:1"]}
 # The paper's "w/o stage 1" leaves out stage 0, too; a toy backbone without it never judges
 TABLE_4 = {"all stages": ["0", "1", "2@96", "2b@600", "3@96"],
            "w/o stage 1": ["0", "2@96", "2b@600", "3@96"],

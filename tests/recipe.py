@@ -353,7 +353,7 @@ def pilot():
     folder = ROOT / HERE / "seedpilot"
     for rate in RATES:
         for run, name in (("1-none", "validation_text"), ("2-silu", "validation_text"),
-                          ("text-400", "validation_text"), ("mix-0", "validation_mm")):
+                          ("mix-0", "validation_mm")):
             data, flags = RUNS[run]
             out = train(folder / f"{run}-{rate}", 0, data, rate, flags)
             print(f"{run}, {rate}: {accuracy(name, scores_of(out, name))}", flush=True)

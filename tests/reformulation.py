@@ -272,7 +272,7 @@ def train(seed):
             folders[form, rate] = Path(cfg.out)
             if Path(cfg.out, "stage.json").exists():
                 continue
-            if rows is None:  # read once; their "tokens" are pair's and sort micro-batches only
+            if rows is None:  # once; "tokens" are of the first form and sort micro-batches only
                 write_rows(path.stem, "image_generation", ROWS, held=False)
                 _, encoder = common.load(cfg.model)
                 rows = bt_reward.load_pairs(cfg.data, encoder, bt_reward.settings_of(asdict(cfg)),
@@ -317,8 +317,8 @@ def log_likelihoods(model, encoder, rows):
 
 
 def judged(folder, form, files):
-    """-> {name: [scores in the order of the file, scores with the candidates exchanged]}, A's first
-    in both; kept beside the checkpoint."""
+    """-> {name: [labels, scores in the order of the file, scores with the candidates exchanged]},
+    A's score first in both; kept beside the checkpoint."""
     kept = folder / f"scores-{form}.json"
     if kept.exists():
         return json.loads(kept.read_text())
@@ -351,8 +351,8 @@ def mean(values):
 
 
 def figures(folder, form, files):
-    """Per cent of the held-out rows; "seen" is of the last 1,500 training rows, each scored before
-    the step that learned from it."""
+    """Per cent of the held-out rows, "one image, two responses" in one order; "seen" is of the last
+    1,500 training rows, each scored before the step that learned from it."""
     scores = judged(folder, form, files)
     labels, one, two = scores["generation"]
     one_right, two_right = verdicts(one, labels), verdicts(two, labels)
