@@ -61,7 +61,7 @@ def test_the_curriculum_learns(world, tmp_path):
     annotators' bias is what it learns last. Stage 2 trains on pairs of pictures and of videos,
     where it is worst, and is judged on all four tasks. --micro_batch 2 is a fifth faster on a CPU.
 
-    Seeds 0, 1, 2 passed (4aab1f7): bias 0.38, 0.41, 0.40; stage 1 from 0.73, 0.73, 0.65 to 0.91,
+    Seeds 0, 1, 2 passed (4aab1f7): bias 0.55, 0.57, 0.53; stage 1 from 0.73, 0.73, 0.65 to 0.91,
     0.97, 0.95, share of A 0.45, 0.51, 0.51; stage 2 +0.21, +0.10, +0.17; stage 3 +0.10, -0.01,
     -0.02: too short to learn, it must only do no harm.
 
@@ -98,8 +98,8 @@ def test_the_curriculum_learns(world, tmp_path):
     judged = json.loads(run("eval.py", "--model", sft, "--data", text, "--json").splitlines()[-1])
     assert judged["accuracy"] == pytest.approx(before["accuracy"])  # one evaluator, one number
     assert before["format"] >= 0.98 and 0.55 <= before["accuracy"] <= 0.80
-    bias = judged["groups"]["plain"] - judged["groups"]["conflict"]  # the annotators'
-    assert bias >= 0.15
+    bias = judged["groups"]["helpful"] - judged["groups"]["conflict"]  # the annotators'
+    assert bias >= 0.15  # which answer is flourished is all that tells the two apart
     assert after["accuracy"] >= before["accuracy"] + 0.10 and 0.4 <= after["share_a"] <= 0.6
 
     pairs = choose(world / "caption_rl.jsonl", "task",
