@@ -95,8 +95,8 @@ def answer_places(answers, sees):
     """The answers [b][G] behind their prompts, and pack()'s mask [b, 1, L, L] -> for each answer,
     as a row of its own: which of all b*L tokens are its own [b*G, C], C the longest answer (past
     its end, its last token again), and what they see of [prompt | answer], [b*G, 1, C, P+C]; and
-    the way back, for the S places behind each prompt which of those b*G*C tokens they are [b*S].
-    () where one call is faster, or the mask shows answers to each other."""
+    the way back, for the S places behind each prompt which of those b*G*C tokens they are [b*S];
+    is_causal(). () where one call is faster, or the mask shows answers to each other."""
     group_size = max(len(group) for group in answers)
     longest = max(len(answer) for group in answers for answer in group)
     behind = max(sum(len(answer) for answer in group) for group in answers)            # S
@@ -122,7 +122,7 @@ def answer_places(answers, sees):
     seen = torch.cat([rows[..., :prompt], own], 2)                                  # [b*G, C, P+C]
     if is_more(rows, seen, real.flatten(0, 1).to(sees.device)):
         return ()
-    return places, seen[:, None], back
+    return places, seen[:, None], back, is_causal(sees, prompt)
 
 
 def is_more(rows, seen, real):
@@ -131,12 +131,18 @@ def is_more(rows, seen, real):
     return bool(rows[real].sum() > seen[real].sum())
 
 
+def is_causal(sees, prompt):
+    """Does each token of the prompts see all that is before it, and no more? Not after padding."""
+    triangle = torch.ones(prompt, prompt, dtype=torch.bool, device=sees.device).tril()
+    return bool((sees[:, 0, :prompt, :prompt] == triangle).all())
+
+
 def packed_attention(module, query, key, value, mask, scaling, **kwargs):
     """Attention over [prompt | answer 1 | ... | answer G] in two calls: the prompt to itself, then
     each answer, as a row of its own, to the prompt and to itself. One call with pack()'s mask would
     also compare every answer with every other, of which nothing is used: at G 8 most of the work.
     -> [b, L, heads, dim]"""
-    places, _, back = mask.answers
+    places, _, back, _ = mask.answers
     prompt = query.shape[2] - len(back) // len(query)
     if not hasattr(mask, "numbers"):  # the first layer makes them for all of its forward
         # value's, for under autocast query and key may still be fp32
@@ -161,12 +167,17 @@ def packed_attention(module, query, key, value, mask, scaling, **kwargs):
 
 
 def masks_as_numbers(mask, prompt, query, key, dtype):
-    """Of prompts [b, 1, P, P] and of answers [b*G, 1, r*C, P+C]: 0 what is seen, -inf what is not.
-    Of True and False PyTorch makes these numbers itself, but in each layer anew, and each layer
-    keeps its own for the backward pass."""
-    _, sees, _ = mask.answers
-    masks = mask[:, :, :prompt, :prompt], for_each_head(sees, query, key)
-    return [m.new_zeros(m.shape, dtype=dtype).masked_fill_(~m, -torch.inf) for m in masks]
+    """Of prompts [b, 1, P, P] and of answers [b*G, 1, r*C, P+C]. Causal prompts need none: without
+    a mask PyTorch has a token see what is before it, and does half the work."""
+    _, sees, _, causal = mask.answers
+    of_prompt = None if causal else as_numbers(mask[:, :, :prompt, :prompt], dtype)
+    return of_prompt, as_numbers(for_each_head(sees, query, key), dtype)
+
+
+def as_numbers(mask, dtype):
+    """0 where True, -inf where False. Given True and False, PyTorch makes these numbers itself, but
+    in each layer anew, and each layer keeps its own for the backward pass."""
+    return mask.new_zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 AttentionInterface.register(ATTENTION, attention)
@@ -277,6 +288,7 @@ class Decoder:
         return self.logits
 
     def run(self, token, masks, position):
+        masks = tree_map(lambda mask: as_numbers(mask, self.model.dtype), masks)
         with common.autocast(self.device):
             return self.model(input_ids=token, attention_mask=masks, position_ids=position,
                               past_key_values=self.cache, use_cache=True).logits

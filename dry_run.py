@@ -480,11 +480,6 @@ def gradient_bytes(size, shards=1):
     return 4 * size.trained / shards                                # fp32, not while it samples
 
 
-def adamw_temporaries(size, fused=True, shards=1):
-    """The square roots of all second moments at once, unless the step is fused, as on a GPU."""
-    return 0 if fused else 4 * size.trained / shards
-
-
 def layer_activations(size, work, mixed=True):
     """What autograd keeps of one layer of Qwen3 for a micro-batch. `mixed`: under autocast, else in
     fp32."""
@@ -512,7 +507,11 @@ def attention_numbers(work, q, k, mixed):
         return 4 * q * work.length + work.length ** 2
     seen = prompt + work.answer
     query = prompt if mixed else work.length  # autocast copies the part, fp32 keeps the whole
-    of_prompt = query * q + 3 * prompt * q
+    of_prompt = query * q + prompt * q
+    if work.micro == 1:  # no padding, so no mask: keys and values are taken as they are
+        of_prompt += query * k + work.length * k
+    else:
+        of_prompt += 2 * prompt * q
     of_answers = 2 * answers * q + 2 * work.answers * seen * k
     return of_prompt + of_answers + work.length * q
 
@@ -556,7 +555,8 @@ def kept_activations(size, work, mixed=True):
     if work.packed:
         of_answers = work.answers * work.answer * (work.prompt + work.answer)
         heads = size.text.num_attention_heads // size.kv_heads  # that share keys
-        masks += of_answers + (2 if mixed else 4) * (work.prompt ** 2 + heads * of_answers)
+        of_prompt = work.prompt ** 2 if rows > 1 else 0  # one has no padding, and needs no mask
+        masks += of_answers + (2 if mixed else 4) * (of_prompt + heads * of_answers)
     return kept + last_norm(size, work) + rows * masks
 
 
@@ -664,7 +664,7 @@ def memory(size, work, shards=1):
     terms["update"] = always + terms["gradients"] + update_bytes(size, work)
     if shards > 1:
         terms["update"] += gathered_to_update(size)
-    terms["step"] = always + terms["gradients"] + adamw_temporaries(size, shards=shards)
+    terms["step"] = always + terms["gradients"]
     return terms
 
 
@@ -705,15 +705,13 @@ def print_memory(sizes, cfg, form):
                 print_line(size, work_of(cfg, processes, form), processes, processes)
     size = next(size for size in sizes if size.name == "8B")
     other = kept_activations(size, replace(work, checkpointing=not work.checkpointing)) / GIB
-    unfused = adamw_temporaries(size, fused=False) / GIB
     print(f"""
 weights to grads   fp32; sharded: spread over the processes
 activ., logits     of a micro-batch; cache: keys and values of a --rollout_batch
 sample ... step    the peaks of the parts of a step: of all that is there then
 80 GB, 24 GB       does all of it fit
 micro, rollout     the largest --micro_batch and --rollout_batch that fit 80 GB; 0: none does
-With --gradient_checkpointing {not work.checkpointing}, 8B has activations of {other:.1f}.
-On a GPU AdamW is fused; else its step would take {unfused:.1f} more.""")
+With --gradient_checkpointing {not work.checkpointing}, 8B has activations of {other:.1f}.""")
 
 
 def print_line(size, work, processes, shards):

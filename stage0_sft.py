@@ -60,7 +60,7 @@ class Config:
                         "(the paper's S1 is built from VL-RewardBench's sources)")
 
     # optimiser
-    micro_batch: int = knob(32, "rows per forward; changes memory, not the gradient")
+    micro_batch: int = knob(8, "rows per forward; changes memory, not the gradient")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     freeze_vision: bool = knob(True, "freeze vision tower and projector (paper: yes, text only)")
     lora_rank: int = knob(0, "train a LoRA adapter of this rank, not the weights; 0 = off. On all "
@@ -189,11 +189,12 @@ def finetune(model, encoder, rows, target, heldout, state, cfg, stage, may_swap,
             group["lr"] = cfg.lr * min(1, (step + 1) / warmup)
         if cfg.gradient_checkpointing:
             model.train()
+        pairs = [(encoder(row, cfg.form), encoder.answer_ids(target(row))) for row in batch]
+        # the order in a step is free, and rows of like lengths have little padding
+        pairs.sort(key=lambda pair: len(pair[0].ids) + len(pair[1]), reverse=True)
         parts, tokens = [], 0
-        for at in range(0, len(batch), cfg.micro_batch):
-            part = batch[at:at + cfg.micro_batch]
-            prompts = [encoder(row, cfg.form) for row in part]
-            answers = [encoder.answer_ids(target(row)) for row in part]
+        for at in range(0, len(pairs), cfg.micro_batch):
+            prompts, answers = zip(*pairs[at:at + cfg.micro_batch], strict=True)
             parts.append(collate(prompts, answers, encoder.pad_id, device))
             tokens += sum(map(len, answers))
         # one normaliser for all micro-batches and processes: the gradient of the mean over tokens

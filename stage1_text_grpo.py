@@ -118,7 +118,7 @@ class Config:
     mini_batch: int = knob(0, "prompts per optimiser step, over all processes; 0 = the whole "
                            "rollout. Less than --batch_size: the ratio leaves 1 at the second "
                            "(R1-Reward: 128 of 256)")
-    micro_batch: int = knob(6, "prompts (whole groups) per forward: memory, not the gradient")
+    micro_batch: int = knob(4, "prompts (whole groups) per forward: memory, not the gradient")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     freeze_vision: bool = knob(True, "freeze vision tower and projector. Paper: in stage 1, not "
                                "from 2 on; its script: in 1 and 2")
@@ -246,11 +246,16 @@ def grpo_update(model, ref, encoder, optimizer, prompts, answers, advantage, kee
     answers' tokens when they were sampled.
     -> {name: mean over the answer tokens of the last pass}; the loss is the mean over its steps,
     the gradient norm that of the last step, the difference to the sampler that of the first."""
+    minis = pieces(0, len(prompts), cfg.mini_batch // common.world() or len(prompts))
+    order = longest_first(prompts, answers, minis)
+    prompts, answers = [prompts[i] for i in order], [answers[i] for i in order]
+    advantage, keep = advantage[order], keep[order]
+    if sampled is not None:
+        sampled = [sampled[i] for i in order]
     lengths = torch.tensor([[len(answer) for answer in group] for group in answers]).double()
     weight = keep.double()              # 'token': the mean over all tokens              # [B, G]
     if cfg.normaliser == "sequence":
         weight = weight / lengths       # GRPO: the mean over answers of their token means
-    minis = pieces(0, len(prompts), cfg.mini_batch // common.world() or len(prompts))
     for mini in minis:  # one normaliser for each step, over the answers of all processes
         count, = sum_over_ranks((weight[mini] * lengths[mini]).sum().item())
         weight[mini] /= max(count, 1.0)
@@ -294,6 +299,19 @@ def grpo_update(model, ref, encoder, optimizer, prompts, answers, advantage, kee
 def pieces(start, stop, size):
     """Slices of `size` prompts, the last one with what is left."""
     return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
+
+
+def longest_first(prompts, answers, minis):
+    """-> the prompts of each mini-batch in order of their packed lengths. The gradient of a step is
+    a sum, so their order is free, and a micro-batch of prompts of like lengths has little padding.
+    The longest come first: if memory is short, that is told at once."""
+    lengths = []
+    for prompt, group in zip(prompts, answers, strict=True):
+        lengths.append(len(prompt.ids) + sum(map(len, group)))
+    order = []
+    for mini in minis:
+        order += sorted(range(mini.start, mini.stop), key=lengths.__getitem__, reverse=True)
+    return order
 
 
 @torch.no_grad()

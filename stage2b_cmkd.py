@@ -73,7 +73,7 @@ class Config:
                               "after each such batch")
 
     # optimiser
-    micro_batch: int = knob(16, "rows per forward; changes memory, not the gradient")
+    micro_batch: int = knob(8, "rows per forward; changes memory, not the gradient")
     max_grad_norm: float = knob(1.0, "gradient norm clip")
     freeze_vision: bool = knob(False, "freeze vision tower and projector (paper: no)")
     lora_rank: int = knob(0, "train a LoRA adapter of this rank, not the weights; 0 = off. On all "

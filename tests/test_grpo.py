@@ -597,10 +597,10 @@ def test_one_by_one_rejects_wrong_packing(world, monkeypatch, name):
     assert errors[0] > 0.01 and errors[2] > 0.01
 
 
-def error_of_two_calls(answer_places):
+def error_of_two_calls(answer_places, lengths=(7, 4)):
     """Of attention to packed answers and of its gradients, against one call with pack()'s mask, in
     float64, 4 heads on 2 of keys. At padding they may differ: nothing reads it."""
-    prompts = [common.Prompt([1] * n, None) for n in (7, 4)]
+    prompts = [common.Prompt([1] * n, None) for n in lengths]
     answers = [[[1] * 3, [1], [1] * 5], [[1] * 2]]  # a reward model's groups may differ
     _, _, sees, _, _, owner, _ = stage1.pack(prompts, answers, 0, "cpu")
     real = torch.cat([sees[:, 0, 6, :7], owner > 0], 1)                                # [b, L]
@@ -621,6 +621,7 @@ def error_of_two_calls(answer_places):
 def test_attention_in_two_calls_is_that_in_one():
     for places in (decoding.answer_places, wrong_versions.places_with()):
         assert error_of_two_calls(places) < 1e-12
+        assert error_of_two_calls(places, lengths=(7, 7)) < 1e-12  # without a mask
 
 
 @pytest.mark.parametrize("name", wrong_versions.ANSWER_PLACES)
@@ -1206,6 +1207,15 @@ def test_mini_batches_of_two_prompts(world, rollout, kl):
         model.zero_grad()
     for got in together.values():
         assert all(distance(g, w) < 5e-3 for g, w in zip(got, want, strict=True))
+
+
+def test_longest_first():
+    # kills: prompts of one mini-batch in another, prompts or answers alone, the shortest first
+    prompts = [common.Prompt([1] * n, None) for n in (5, 3, 9, 2, 4)]
+    answers = [[[1]], [[1] * 4], [[1] * 2], [[1] * 3, [1] * 8], [[1] * 2] * 2]  # 6 7 11 13 8
+    assert stage1.longest_first(prompts, answers, [slice(0, 5)]) == [3, 2, 4, 1, 0]
+    minis = [slice(0, 3), slice(3, 5)]
+    assert stage1.longest_first(prompts, answers, minis) == [2, 1, 0, 3, 4]
 
 
 def test_the_log_of_single_answers_tells_of_the_batch(world):

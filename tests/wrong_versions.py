@@ -383,7 +383,7 @@ PACKINGS = {
 
 # ---------------------------------------------------------------------- attention of packed answers
 def places_with(columns=lambda columns, t: columns, own=torch.tril, back=lambda back: back,
-                prompt_seen=lambda rows: rows, row=lambda i: i):
+                prompt_seen=lambda rows: rows, row=lambda i: i, causal=lambda causal: causal):
     """decoding.answer_places, one of whose parts is wrong. Here one answer after the other."""
     def answer_places(answers, sees):
         length, group_size = sees.shape[3], max(len(group) for group in answers)
@@ -404,7 +404,9 @@ def places_with(columns=lambda columns, t: columns, own=torch.tril, back=lambda 
                 way_back[i, begin - width:begin - width + n] = \
                     (row(i) * group_size + g) * longest + t[:n]
                 begin += n
-        return torch.stack(places), torch.stack(seen)[:, None], back(way_back).flatten()
+        no_padding = all(sees[i, 0, width - 1, :width].all() for i in range(len(answers)))
+        return (torch.stack(places), torch.stack(seen)[:, None], back(way_back).flatten(),
+                causal(no_padding))
     return answer_places
 
 
@@ -413,6 +415,7 @@ ANSWER_PLACES = {
     "an answer sees its future": places_with(own=torch.ones_like),
     "an answer does not see itself": places_with(own=torch.zeros_like),
     "padding of the prompt is seen": places_with(prompt_seen=torch.ones_like),
+    "padding before prompts is taken for none": places_with(causal=lambda causal: True),
     "the prompt is not seen": places_with(prompt_seen=torch.zeros_like),
     "back to the token before": places_with(back=lambda back: (back - 1).clamp(min=0)),
     "the first prompt's answers for all prompts": places_with(row=lambda i: 0),
