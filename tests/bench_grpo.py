@@ -124,8 +124,10 @@ def describe(case):
 
 def table(results):
     """Markdown: medians over all measured steps, in parentheses the fastest and the slowest step;
-    the largest peak."""
-    titles = ["case", "step", "seconds (min-max)", "to ours", *grpo_step.PHASES, "peak GB"]
+    products of a step in TFLOP, and those to ours: where all do little else, no code can be faster
+    than that; the largest peak."""
+    titles = ["case", "step", "seconds (min-max)", "to ours", *grpo_step.PHASES, "products",
+              "to ours", "peak GB"]
     lines = ["| " + " | ".join(titles) + " |", "|---|---|" + "--:|" * (len(titles) - 2)]
     for case, runs in results:
         ours = statistics.median(seconds(runs["ours"]))
@@ -136,6 +138,9 @@ def table(results):
                      f"{median / ours:.2f}"]
             for phase in grpo_step.PHASES:
                 cells.append(f"{statistics.median(seconds(processes, [phase])):.2f}")
+            products = processes[0]["gflop"]
+            to_ours = products / runs["ours"][0]["gflop"] if products else 0  # 0: not counted
+            cells += [f"{products / 1e3:.3f}", f"{to_ours:.2f}"]
             cells.append(f"{max(process['peak_gb'] for process in processes):.2f}")
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -122,10 +122,30 @@ def test_every_phase_gets_its_own_time(monkeypatch):
                                 "optimiser": 512}]
 
 
+@pytest.mark.parametrize("who", [grpo_step.Ours, grpo_step.Naive])
+def test_the_products_of_a_step(who, tmp_path):
+    """By hand: two for each weight and token; sampling and the reference once, the policy's forward
+    and backward thrice. The naive step has every prompt G times, and its head runs over it, too.
+
+    kills: the measured steps counted, too; a step without its sampling"""
+    case = {"P": 53, "C": 11, "V": 331, "G": 5, "tiles": 0, "layers": 3, "steps": 1}
+    grpo_step.make(tmp_path, case)
+    counted = grpo_step.run(who(case), case, tmp_path).counter.get_total_flops()
+    layer = 256 * (256 + 2 * 64) + 256 * 256 + 3 * 256 * 768
+    prompts, last = 2, 2 * 5  # the last token of an answer is run by no sampler
+    if who is grpo_step.Naive:
+        prompts = 2 * 5
+    sequences = prompts * 53 + 2 * 5 * 11
+    scored = 2 * (1 + 5 * 11) if who is grpo_step.Ours else sequences
+    drawn = prompts + 2 * 5 * 11 - last
+    wanted = 2 * 3 * layer * (5 * sequences - last) + 2 * 256 * 331 * (4 * scored + drawn)
+    assert counted == pytest.approx(wanted, rel=0.002)
+
+
 # ---------------------------------------------------------------------------------------- the table
-def process(peak, *steps):
+def process(peak, *steps, gflop=40.0):
     """What grpo_step.py prints"""
-    return {"peak_gb": peak,
+    return {"peak_gb": peak, "gflop": gflop,
             "steps": [dict(zip(grpo_step.PHASES, step, strict=True)) for step in steps]}
 
 
@@ -134,14 +154,15 @@ def test_the_table_is_made_of_medians():
 
     kills: means (5 and 19), the fastest (2 and 7), the median of one process, the sum of medians"""
     ours = [process(1.5, [1, 0, 1, 2, 0], [0, 1, 0, 1, 0]), process(1.25, [1, 1, 1, 5, 1])]
-    naive = [process(3, [2, 2, 2, 2, 2], [20, 5, 5, 5, 5]), process(2, [1, 1, 3, 1, 1])]
+    naive = [process(3, [2, 2, 2, 2, 2], [20, 5, 5, 5, 5], gflop=130.0),
+             process(2, [1, 1, 3, 1, 1], gflop=130.0)]
     case = {"P": 7, "C": 3, "G": 5, "V": 11, "tiles": 2}
     runs = {"ours": ours, "naive": naive}
     _, _, ours, naive = bench_grpo.table([(case, runs)]).splitlines()
     assert ours == ("| P 7, C 3, G 5, V 11, 2 tiles | ours | 4.00 (2.00-9.00) | 1.00 "
-                    "| 1.00 | 1.00 | 1.00 | 2.00 | 0.00 | 1.50 |")
+                    "| 1.00 | 1.00 | 1.00 | 2.00 | 0.00 | 0.040 | 1.00 | 1.50 |")
     assert naive == ("| P 7, C 3, G 5, V 11, 2 tiles | naive | 10.00 (7.00-40.00) | 2.50 "
-                     "| 2.00 | 2.00 | 3.00 | 2.00 | 2.00 | 3.00 |")
+                     "| 2.00 | 2.00 | 3.00 | 2.00 | 2.00 | 0.130 | 3.25 | 3.00 |")
 
 
 # --------------------------------------------------------------------------------- the GPU's floors

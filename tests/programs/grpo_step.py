@@ -6,7 +6,8 @@ Times GRPO steps of one competitor in a process of its own, for tests/bench_grpo
 CASE is JSON: lengths P of prompts and C of answers, vocabulary V, G answers a prompt, tiles a
 prompt, layers of the model, measured steps; perhaps "widths" of the model, "rows" (answers per
 forward with a gradient) and "device". FOLDER holds what make() wrote. Prints a JSON line,
-{"steps": [{phase: seconds}], "peak_gb": ...}. Linux only, for the peak.
+{"steps": [{phase: seconds}], "gflop": of the products of a step, "peak_gb": ...}. Linux only, for
+the peak.
 
 All of them: fp32 weights, on a GPU bf16 by autocast, two prompts a step, no gradient checkpointing,
 sampling from the plain softmax.
@@ -24,6 +25,7 @@ from types import SimpleNamespace
 import torch
 import transformers
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 PROMPTS = 2
 BETA = 0.04
@@ -93,16 +95,20 @@ class Stopwatch:
     """Splits a step where models and optimiser are called, which all competitors do in this order:
     `prefill` ends with the policy's first forward, `decode` where the reference is called,
     `reference` where the policy is called with a gradient, `policy` (forward, backward, clip) where
-    the optimiser steps. What is done between two calls counts with the first."""
+    the optimiser steps. What is done between two calls counts with the first. On a CPU the first
+    step, which warms up, also has its products of matrices counted, without those of attention."""
 
     def __init__(self, policy, reference):
         self.steps = []
+        self.counter = FlopCounterMode(display=False)
         policy.register_forward_pre_hook(self.before_policy)
         policy.register_forward_hook(self.after_policy)
         reference.register_forward_pre_hook(lambda *_: self.enter("reference"))
         self.handle = register_optimizer_step_pre_hook(lambda *_: self.enter("optimiser"))
 
     def start(self):
+        if not self.steps and not torch.cuda.is_initialized():
+            self.counter.__enter__()
         self.spent = dict.fromkeys(PHASES, 0.0)
         self.phase, self.began = "prefill", self.now()
 
@@ -129,6 +135,8 @@ class Stopwatch:
 
     def stop(self):
         self.enter("prefill")
+        if not self.steps and not torch.cuda.is_initialized():
+            self.counter.__exit__(None, None, None)
         self.steps.append(self.spent)
 
 
@@ -245,7 +253,7 @@ class Naive:
 
 
 def run(competitor, case, folder):
-    """-> [{phase: seconds}] of all steps"""
+    """-> the Stopwatch of all steps"""
     model, tokenizer = load(folder, case, competitor.attention)
     reference = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0,
@@ -259,7 +267,7 @@ def run(competitor, case, folder):
             assert [len(answer) for answer in group] == [case["C"]] * case["G"]
         competitor.update(model, reference, optimizer, answers)
         watch.stop()
-    return watch.steps
+    return watch
 
 
 # --------------------------------------------------------------------------------------------- TRL
@@ -296,7 +304,7 @@ def trl_rows(ids, pixels):
 
 
 def run_trl(case, folder, answers_only):
-    """-> [{phase: seconds}] of all steps. `answers_only`: with Triton, TRL's head runs over the
+    """-> the Stopwatch of all steps. `answers_only`: with Triton, TRL's head runs over the
     tokens whose label counts, without it over prompts, too (add_fused_lm_head of trl 1.16). This
     has it choose as with Triton; the kernels ask on their own, and stay those of the CPU."""
     from datasets import Dataset
@@ -338,7 +346,7 @@ def run_trl(case, folder, answers_only):
             watch.stop()
     trainer.add_callback(Steps)
     trainer.train()
-    return watch.steps
+    return watch
 
 
 def peak_gb():
@@ -354,10 +362,11 @@ def measure(who, case, folder):
     """-> what this program prints"""
     torch.manual_seed(0)
     if who in ("trl", "trl-answers"):
-        steps = run_trl(case, folder, who == "trl-answers")
+        watch = run_trl(case, folder, who == "trl-answers")
     else:
-        steps = run({"ours": Ours, "naive": Naive}[who](case), case, folder)
-    return {"steps": steps[1:], "peak_gb": peak_gb()}  # the first step warms up
+        watch = run({"ours": Ours, "naive": Naive}[who](case), case, folder)
+    gflop = watch.counter.get_total_flops() / 1e9
+    return {"steps": watch.steps[1:], "gflop": gflop, "peak_gb": peak_gb()}
 
 
 def main():
