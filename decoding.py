@@ -142,12 +142,14 @@ def packed_attention(module, query, key, value, mask, scaling, **kwargs):
     each answer, as a row of its own, to the prompt and to itself. One call with pack()'s mask would
     also compare every answer with every other, of which nothing is used: at G 8 most of the work.
     -> [b, L, heads, dim]"""
-    places, _, back, _ = mask.answers
+    places, sees, back, causal = mask.answers
     prompt = query.shape[2] - len(back) // len(query)
     if not hasattr(mask, "numbers"):  # the first layer makes them for all of its forward
-        # value's, for under autocast query and key may still be fp32
-        mask.numbers = masks_as_numbers(mask, prompt, query, key, value.dtype)
-    of_prompt, of_answers = mask.numbers
+        # Causal prompts need none: without a mask PyTorch has a token see what is before it, and
+        # does half the work. The type is value's: under autocast query and key may still be fp32
+        of_prompt = None if causal else as_numbers(mask[:, :, :prompt, :prompt], value.dtype)
+        mask.numbers = of_prompt, as_numbers(for_each_head(sees, query, key), value.dtype)
+    of_prompt, of_answers = mask.numbers                    # [b, 1, P, P], [b*G, 1, r*C, P+C]
 
     def rows(x):  # [b, heads, L, dim] -> those of the answers [b*G, heads, C, dim]
         tokens = x.transpose(1, 2).flatten(0, 1)                               # [b*L, heads, dim]
@@ -164,14 +166,6 @@ def packed_attention(module, query, key, value, mask, scaling, **kwargs):
                                 scaling)                                     # [b*G, C, heads, dim]
     answers = answers.flatten(0, 1).index_select(0, back)                    # [b*S, heads, dim]
     return torch.cat([first, answers.unflatten(0, (len(first), -1))], 1)
-
-
-def masks_as_numbers(mask, prompt, query, key, dtype):
-    """Of prompts [b, 1, P, P] and of answers [b*G, 1, r*C, P+C]. Causal prompts need none: without
-    a mask PyTorch has a token see what is before it, and does half the work."""
-    _, sees, _, causal = mask.answers
-    of_prompt = None if causal else as_numbers(mask[:, :, :prompt, :prompt], dtype)
-    return of_prompt, as_numbers(for_each_head(sees, query, key), dtype)
 
 
 def as_numbers(mask, dtype):
