@@ -41,8 +41,8 @@ def test_the_prebuilt_backbone_reads_and_compares_but_does_not_judge():
 
 def test_the_curriculum_learns(world, tmp_path):
     """Biased rationales -> text -> captions -> distillation -> pixels, as the README runs them but
-    with larger rates, fewer rows and smaller batches. What the whole measures is in
-    tests/RESULTS.md. The bounds are of seed 0: with seed 1 so short a stage 0 is at 0.86."""
+    with larger rates, fewer rows and smaller batches. Another CPU rounds otherwise, which is as
+    good as another seed: the bounds hold for seeds 0 to 3 (tests/RESULTS.md, "The tests")."""
     tasks = toy_world.common.TASKS
     every = ",".join(f"{world}/heldout_{t}.jsonl:25" for t in tasks)
 
@@ -63,8 +63,8 @@ def test_the_curriculum_learns(world, tmp_path):
     rl, biased, fair = stage(
         "stage1_text_grpo", sft, f"{world}/text_rl.jsonl:500", text,
         "--batch_size", 16, "--max_steps", 24, "--lr", "8e-5", "--eval_every", 0)
-    assert biased["format"] >= 0.98 and 0.55 <= biased["accuracy"] <= 0.80  # the annotators' bias
-    assert fair["accuracy"] >= biased["accuracy"] + 0.10 and 0.4 <= fair["share_a"] <= 0.6
+    assert biased["format"] >= 0.98 and 0.50 <= biased["accuracy"] <= 0.85  # the annotators' bias
+    assert fair["accuracy"] >= biased["accuracy"] + 0.10 and 0.3 <= fair["share_a"] <= 0.7
     judged = json.loads(run("eval.py", "--model", rl, "--data", text, "--json").splitlines()[-1])
     assert judged["accuracy"] == pytest.approx(fair["accuracy"])  # one evaluator, one number
 
