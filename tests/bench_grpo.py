@@ -97,7 +97,8 @@ def compare(cases, args):
     bar = tqdm(total=len(cases) * args.repeats * len(pythons), unit="process")
     results = []
     for case in cases:
-        case = case | {"steps": args.steps, "device": args.device}
+        count = args.device == "cpu" and not args.smallest  # counting takes memory
+        case = case | {"steps": args.steps, "device": args.device, "count": count}
         runs = {who: [] for who in pythons}
         with tempfile.TemporaryDirectory() as folder:
             grpo_step.make(folder, case)

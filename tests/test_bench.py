@@ -128,7 +128,8 @@ def test_the_products_of_a_step(who, tmp_path):
     and backward thrice. The naive step has every prompt G times, and its head runs over it, too.
 
     kills: the measured steps counted, too; a step without its sampling"""
-    case = {"P": 53, "C": 11, "V": 331, "G": 5, "tiles": 0, "layers": 3, "steps": 1}
+    case = {"P": 53, "C": 11, "V": 331, "G": 5, "tiles": 0, "layers": 3, "steps": 1,
+            "count": True}
     grpo_step.make(tmp_path, case)
     counted = grpo_step.run(who(case), case, tmp_path).counter.get_total_flops()
     layer = 256 * (256 + 2 * 64) + 256 * 256 + 3 * 256 * 768

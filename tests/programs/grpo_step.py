@@ -5,9 +5,9 @@ Times GRPO steps of one competitor in a process of its own, for tests/bench_grpo
 
 CASE is JSON: lengths P of prompts and C of answers, vocabulary V, G answers a prompt, tiles a
 prompt, layers of the model, measured steps; perhaps "widths" of the model, "rows" (answers per
-forward with a gradient) and "device". FOLDER holds what make() wrote. Prints a JSON line,
-{"steps": [{phase: seconds}], "gflop": of the products of a step, "peak_gb": ...}. Linux only, for
-the peak.
+forward with a gradient), "device", and "count": true to have the products of a step counted, which
+takes memory of its own. FOLDER holds what make() wrote. Prints a JSON line, {"steps": [{phase:
+seconds}], "gflop": of the products, "peak_gb": ...}. Linux only, for the peak.
 
 All of them: fp32 weights, on a GPU bf16 by autocast, two prompts a step, no gradient checkpointing,
 sampling from the plain softmax.
@@ -95,11 +95,11 @@ class Stopwatch:
     """Splits a step where models and optimiser are called, which all competitors do in this order:
     `prefill` ends with the policy's first forward, `decode` where the reference is called,
     `reference` where the policy is called with a gradient, `policy` (forward, backward, clip) where
-    the optimiser steps. What is done between two calls counts with the first. On a CPU the first
-    step, which warms up, also has its products of matrices counted, without those of attention."""
+    the optimiser steps. What is done between two calls counts with the first. `count`: the first
+    step, which warms up, has its products of matrices counted, on a CPU without attention's."""
 
-    def __init__(self, policy, reference):
-        self.steps = []
+    def __init__(self, policy, reference, count=False):
+        self.steps, self.count = [], count
         self.counter = FlopCounterMode(display=False)
         policy.register_forward_pre_hook(self.before_policy)
         policy.register_forward_hook(self.after_policy)
@@ -107,7 +107,7 @@ class Stopwatch:
         self.handle = register_optimizer_step_pre_hook(lambda *_: self.enter("optimiser"))
 
     def start(self):
-        if not self.steps and not torch.cuda.is_initialized():
+        if self.count and not self.steps:
             self.counter.__enter__()
         self.spent = dict.fromkeys(PHASES, 0.0)
         self.phase, self.began = "prefill", self.now()
@@ -135,7 +135,7 @@ class Stopwatch:
 
     def stop(self):
         self.enter("prefill")
-        if not self.steps and not torch.cuda.is_initialized():
+        if self.count and not self.steps:
             self.counter.__exit__(None, None, None)
         self.steps.append(self.spent)
 
@@ -258,7 +258,7 @@ def run(competitor, case, folder):
     reference = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    watch = Stopwatch(model, reference)
+    watch = Stopwatch(model, reference, case.get("count", False))
     for _ in range(1 + case["steps"]):
         watch.start()
         answers = competitor.sample(model)
@@ -336,7 +336,7 @@ def run_trl(case, folder, answers_only):
         disable_tqdm=True)
     trainer = GRPOTrainer(model, reward, config, Dataset.from_list(rows * config.max_steps),
                           processing_class=processor)
-    watch = Stopwatch(trainer.model, trainer.ref_model)
+    watch = Stopwatch(trainer.model, trainer.ref_model, case.get("count", False))
 
     class Steps(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):
