@@ -125,8 +125,8 @@ def describe(case):
 
 def table(results):
     """Markdown: medians over all measured steps, in parentheses the fastest and the slowest step;
-    products of a step in TFLOP, and those to ours: where all do little else, no code can be faster
-    than that; the largest peak."""
+    products of a step in TFLOP, and those to ours, which the times come near to where products are
+    most of the work; the largest peak."""
     titles = ["case", "step", "seconds (min-max)", "to ours", *grpo_step.PHASES, "products",
               "to ours", "peak GB"]
     lines = ["| " + " | ".join(titles) + " |", "|---|---|" + "--:|" * (len(titles) - 2)]
