@@ -96,7 +96,7 @@ def answer_places(answers, sees):
     as a row of its own: which of all b*L tokens are its own [b*G, C], C the longest answer (past
     its end, its last token again), and what they see of [prompt | answer], [b*G, 1, C, P+C]; and
     the way back, for the S places behind each prompt which of those b*G*C tokens they are [b*S];
-    is_causal(). () where one call is faster, or the mask shows answers to each other."""
+    and is_causal(). () where one call is faster, or the mask shows answers to each other."""
     group_size = max(len(group) for group in answers)
     longest = max(len(answer) for group in answers for answer in group)
     behind = max(sum(len(answer) for answer in group) for group in answers)            # S
@@ -132,7 +132,8 @@ def is_more(rows, seen, real):
 
 
 def is_causal(sees, prompt):
-    """Does each token of the prompts see all that is before it, and no more? Not after padding."""
+    """Does each token of the prompts see all that is before it, and no more? False where one of
+    them is padded."""
     triangle = torch.ones(prompt, prompt, dtype=torch.bool, device=sees.device).tril()
     return bool((sees[:, 0, :prompt, :prompt] == triangle).all())
 
@@ -145,8 +146,8 @@ def packed_attention(module, query, key, value, mask, scaling, **kwargs):
     places, sees, back, causal = mask.answers
     prompt = query.shape[2] - len(back) // len(query)
     if not hasattr(mask, "numbers"):  # the first layer makes them for all of its forward
-        # Causal prompts need none: without a mask PyTorch has a token see what is before it, and
-        # does half the work. The type is value's: under autocast query and key may still be fp32
+        # Causal prompts need none: told so, PyTorch does half the work.
+        # The type is value's: under autocast query and key may still be fp32
         of_prompt = None if causal else as_numbers(mask[:, :, :prompt, :prompt], value.dtype)
         mask.numbers = of_prompt, as_numbers(for_each_head(sees, query, key), value.dtype)
     of_prompt, of_answers = mask.numbers                    # [b, 1, P, P], [b*G, 1, r*C, P+C]
@@ -159,6 +160,7 @@ def packed_attention(module, query, key, value, mask, scaling, **kwargs):
     def behind_prompt(x):  # -> [b*G, heads, P + C, dim]
         return torch.cat([x[:, :, :prompt].repeat_interleave(len(places) // len(x), 0), rows(x)], 2)
 
+    kwargs["is_causal"] = True  # where there is no mask
     first, _ = sdpa_attention_forward(
         module, query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt], of_prompt,
         scaling=scaling, **kwargs)                                             # [b, P, heads, dim]
@@ -282,8 +284,11 @@ class Decoder:
         return self.logits
 
     def run(self, token, masks, position):
-        masks = tree_map(lambda mask: as_numbers(mask, self.model.dtype), masks)
         with common.autocast(self.device):
+            dtype = self.model.dtype
+            if torch.is_autocast_enabled(self.device.type):
+                dtype = torch.get_autocast_dtype(self.device.type)
+            masks = tree_map(lambda mask: as_numbers(mask, dtype), masks)
             return self.model(input_ids=token, attention_mask=masks, position_ids=position,
                               past_key_values=self.cache, use_cache=True).logits
 

@@ -190,13 +190,14 @@ def finetune(model, encoder, rows, target, heldout, state, cfg, stage, may_swap,
         if cfg.gradient_checkpointing:
             model.train()
         pairs = [(encoder(row, cfg.form), encoder.answer_ids(target(row))) for row in batch]
-        # the order in a step is free, and rows of like lengths have little padding
+        # a step's gradient is a sum, in any order; rows of like lengths have less padding
         pairs.sort(key=lambda pair: len(pair[0].ids) + len(pair[1]), reverse=True)
         parts, tokens = [], 0
         for at in range(0, len(pairs), cfg.micro_batch):
             prompts, answers = zip(*pairs[at:at + cfg.micro_batch], strict=True)
             parts.append(collate(prompts, answers, encoder.pad_id, device))
             tokens += sum(map(len, answers))
+        del pairs, prompts, answers  # their pixels are in `parts`
         # one normaliser for all micro-batches and processes: the gradient of the mean over tokens
         tokens, = common.sum_over_ranks(tokens)
         nll = 0.0

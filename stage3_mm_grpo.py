@@ -253,6 +253,7 @@ def grpo_update(model, ref, encoder, optimizer, prompts, answers, advantage, kee
     -> {name: mean over the answer tokens of the last pass}; the loss is the mean over its steps,
     the gradient norm that of the last step, the difference to the sampler that of the first."""
     minis = pieces(0, len(prompts), cfg.mini_batch // common.world() or len(prompts))
+    # the gradient of a step is a sum: its prompts may come in any order
     order = longest_first(prompts, answers, minis)
     prompts, answers = [prompts[i] for i in order], [answers[i] for i in order]
     advantage, keep = advantage[order], keep[order]
@@ -308,9 +309,8 @@ def pieces(start, stop, size):
 
 
 def longest_first(prompts, answers, minis):
-    """-> the prompts of each mini-batch in order of their packed lengths. The gradient of a step is
-    a sum, so their order is free, and a micro-batch of prompts of like lengths has little padding.
-    The longest come first: if memory is short, that is told at once."""
+    """-> the prompts of each mini-batch, by number, in order of their packed lengths: micro-batches
+    of like lengths have less padding. Where memory is short, mostly the first of them tells."""
     lengths = []
     for prompt, group in zip(prompts, answers, strict=True):
         lengths.append(len(prompt.ids) + sum(map(len, group)))

@@ -14,7 +14,7 @@ For venv-trl: a virtual environment with the torch and transformers that run thi
 Each process (programs/grpo_step.py) times one of them; they take turns, so that a busy minute meets
 them all. The naive step must have our loss and gradient first. TRL is timed as it comes ("trl"):
 without Triton its head runs over prompts, too; and with the head over answers only ("trl-answers"),
-as on a GPU.
+as on a GPU. On a CPU the step that warms up has its products of matrices counted.
 """
 
 import argparse
@@ -125,8 +125,7 @@ def describe(case):
 
 def table(results):
     """Markdown: medians over all measured steps, in parentheses the fastest and the slowest step;
-    products of a step in TFLOP, and those to ours, which the times come near to where products are
-    most of the work; the largest peak."""
+    products of a step in TFLOP, and those to ours; the largest peak."""
     titles = ["case", "step", "seconds (min-max)", "to ours", *grpo_step.PHASES, "products",
               "to ours", "peak GB"]
     lines = ["| " + " | ".join(titles) + " |", "|---|---|" + "--:|" * (len(titles) - 2)]
@@ -140,8 +139,10 @@ def table(results):
             for phase in grpo_step.PHASES:
                 cells.append(f"{statistics.median(seconds(processes, [phase])):.2f}")
             products = processes[0]["gflop"]
-            to_ours = products / runs["ours"][0]["gflop"] if products else 0  # 0: not counted
-            cells += [f"{products / 1e3:.3f}", f"{to_ours:.2f}"]
+            if products:
+                cells += [f"{products / 1e3:.3f}", f"{products / runs['ours'][0]['gflop']:.2f}"]
+            else:  # not counted
+                cells += ["-", "-"]
             cells.append(f"{max(process['peak_gb'] for process in processes):.2f}")
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -143,6 +143,16 @@ def test_the_products_of_a_step(who, tmp_path):
     assert counted == pytest.approx(wanted, rel=0.002)
 
 
+def test_products_in_place_count():
+    # kills: those of TRL's head left out
+    watch = grpo_step.Stopwatch(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), count=True)
+    watch.start()
+    torch.zeros(3, 5).addmm_(torch.ones(3, 7), torch.ones(7, 5))
+    watch.stop()
+    watch.handle.remove()
+    assert watch.counter.get_total_flops() == 2 * 3 * 7 * 5
+
+
 # ---------------------------------------------------------------------------------------- the table
 def process(peak, *steps, gflop=40.0):
     """What grpo_step.py prints"""
@@ -157,13 +167,15 @@ def test_the_table_is_made_of_medians():
     ours = [process(1.5, [1, 0, 1, 2, 0], [0, 1, 0, 1, 0]), process(1.25, [1, 1, 1, 5, 1])]
     naive = [process(3, [2, 2, 2, 2, 2], [20, 5, 5, 5, 5], gflop=130.0),
              process(2, [1, 1, 3, 1, 1], gflop=130.0)]
+    uncounted = [process(1, [1, 0, 0, 0, 0], gflop=0)]
     case = {"P": 7, "C": 3, "G": 5, "V": 11, "tiles": 2}
-    runs = {"ours": ours, "naive": naive}
-    _, _, ours, naive = bench_grpo.table([(case, runs)]).splitlines()
+    runs = {"ours": ours, "naive": naive, "trl": uncounted}
+    _, _, ours, naive, trl = bench_grpo.table([(case, runs)]).splitlines()
     assert ours == ("| P 7, C 3, G 5, V 11, 2 tiles | ours | 4.00 (2.00-9.00) | 1.00 "
                     "| 1.00 | 1.00 | 1.00 | 2.00 | 0.00 | 0.040 | 1.00 | 1.50 |")
     assert naive == ("| P 7, C 3, G 5, V 11, 2 tiles | naive | 10.00 (7.00-40.00) | 2.50 "
                      "| 2.00 | 2.00 | 3.00 | 2.00 | 2.00 | 0.130 | 3.25 | 3.00 |")
+    assert trl.endswith("| 0.00 | - | - | 1.00 |")
 
 
 # --------------------------------------------------------------------------------- the GPU's floors

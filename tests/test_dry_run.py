@@ -374,7 +374,7 @@ def test_peak_of_a_process():
 
 # ------------------------------------------------------------------------------------ the optimiser
 def test_what_adamw_takes():
-    # kills: one moment; a step that is not fused, which takes the roots of all second moments
+    # kills: one moment; a step that is not fused, which takes the roots of the largest moments
     with FakeTensorMode(), Traced() as traced:
         model = a_model(qwen3("1B", num_hidden_layers=2))
         size = dry_run.measure("1B", qwen3("1B", num_hidden_layers=2))

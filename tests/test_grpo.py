@@ -604,7 +604,8 @@ def error_of_two_calls(answer_places, lengths=(7, 4)):
     answers = [[[1] * 3, [1], [1] * 5], [[1] * 2]]  # a reward model's groups may differ
     _, _, sees, _, _, owner, _ = stage1.pack(prompts, answers, 0, "cpu")
     real = torch.cat([sees[:, 0, 6, :7], owner > 0], 1)                                # [b, L]
-    module = SimpleNamespace(num_key_value_groups=2, training=False, is_causal=True)
+    # is_causal: of models whose own mask looks ahead; here pack()'s mask decides
+    module = SimpleNamespace(num_key_value_groups=2, training=False, is_causal=False)
     g = torch.Generator().manual_seed(8)
     inputs = [torch.randn(2, heads, 16, 6, generator=g, dtype=torch.float64).requires_grad_()
               for heads in (4, 2, 2)]
@@ -622,6 +623,15 @@ def test_attention_in_two_calls_is_that_in_one():
     for places in (decoding.answer_places, wrong_versions.places_with()):
         assert error_of_two_calls(places) < 1e-12
         assert error_of_two_calls(places, lengths=(7, 7)) < 1e-12  # without a mask
+
+
+def test_only_prompts_without_padding_are_causal():
+    # kills: a mask where none is needed, which computes the same and takes twice the time
+    for lengths, causal in (((7, 7), True), ((5,), True), ((7, 4), False)):
+        prompts = [common.Prompt([1] * n, None) for n in lengths]
+        answers = [[[1] * 3, [1]]] * len(prompts)
+        sees = stage1.pack(prompts, answers, 0, "cpu")[2]
+        assert decoding.answer_places(answers, sees)[-1] == causal
 
 
 @pytest.mark.parametrize("name", wrong_versions.ANSWER_PLACES)
@@ -1180,6 +1190,8 @@ def test_mini_batches_of_two_prompts(world, rollout, kl):
     # Micro-batches change nothing. kills: the reference's log-probs of another mini-batch
     prompts = [*rollout.prompts, world.prompts["text"][1]]
     answers = [*rollout.answers, rollout.answers[0][::-1]]
+    prompts[2:], answers[2:] = prompts[:1:-1], answers[:1:-1]  # the second two: the shorter first
+    assert stage1.longest_first(prompts, answers, [slice(0, 2), slice(2, 4)]) == [0, 1, 3, 2]
     adv, keep = torch.cat([rollout.adv, -rollout.adv[:1]]), torch.ones(4, G, dtype=torch.bool)
     four = SimpleNamespace(prompts=prompts, answers=answers)
     sampled = sampled_logps(world.model, world.encoder, four)
