@@ -5,6 +5,7 @@ WORLD has a backbone and rows. With one process nothing is sharded: that is what
 compared with. Writes OUT/update-PROCESSES-RANK.pt, and run folders OUT/NAME-PROCESSES.
 """
 
+import os
 import shutil
 import sys
 import weakref
@@ -195,3 +196,6 @@ if __name__ == "__main__":
     runs(world, out)
     common.end_processes = end
     end()
+    # all is written. PyTorch's threads may abort an interpreter that ends (pytorch#179291)
+    sys.stdout.flush()
+    os._exit(0)
